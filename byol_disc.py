@@ -1,0 +1,100 @@
+"""BYOL with the features of a pretrained discriminator as a third view.
+
+    v1, v2, v3 = three independent augmentations of a batch
+    p_i = q(g(E(v_i))),  t_i = g'(E'(v_i))                         for i = 1, 2              (1)
+    p_3 = q(g_D(D(v3))), t_3 = g_D'(D(v3))                         D: frozen features        (2)
+    pair(a, b) = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)         2 - 2 cos, both ways      (3)
+    loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
+    E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
+
+    python byol_disc.py --smoke             # all of it on drawn shapes, two minutes on a CPU
+    python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
+    python byol_disc.py --coeff 0           # its baseline: 90.20 %
+"""
+from copy import deepcopy
+
+import torch
+import torch.nn as nn
+
+from common import (Encoder, Run, augment, autocast, byol_loss, distribute, get_ebm, launch,
+                    load_split, lr_factor, make_parser, mlp, move_average, number, parse_flags,
+                    target_tau, z_std)
+
+
+class BYOL(nn.Module):
+    def __init__(self, args, discriminator):
+        super().__init__()
+        self.coeff, self.layers = args.coeff, args.layers
+        self.encoder = Encoder(args.width)
+        self.projector = mlp(self.encoder.dim, 1024, args.emb)
+        self.predictor = mlp(args.emb, 1024, args.emb)
+        self.online = nn.ModuleList([self.encoder, self.projector])
+        if self.coeff > 0:
+            self.discriminator = discriminator
+            self.view_projector = mlp(discriminator.dims[args.layers], 1024, args.emb)
+            self.online.append(self.view_projector)
+        self.target = deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, x):
+        """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
+        views = torch.cat([augment(x), augment(x)])                       # (2B, 3, H, W)
+        z = self.projector(self.encoder(views))                           # (2B, emb)
+        p1, p2 = self.predictor(z).chunk(2)                               # eq. (1)
+        with torch.no_grad():
+            t1, t2 = self.target[1](self.target[0](views)).chunk(2)
+        pair12 = byol_loss(p1, t2) + byol_loss(p2, t1)                    # eq. (3)
+        if self.coeff == 0:
+            return pair12, {"pair12": pair12, "z_std": z_std(z)}
+
+        with torch.no_grad():
+            h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
+            t3 = self.target[2](h3)
+        p3 = self.predictor(self.view_projector(h3))                      # eq. (2)
+        pair13 = byol_loss(p1, t3) + byol_loss(p3, t1)
+        pair23 = byol_loss(p2, t3) + byol_loss(p3, t2)
+        loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
+        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z)}
+
+
+def parse():
+    parser = make_parser(__doc__)
+    parser.set_defaults(batch_size=256)
+    parser.add_argument("--coeff", type=number(float, 0), default=0.1,
+                        help="weight of the third view; 0 is plain BYOL, without a discriminator")
+    parser.add_argument("--layers", choices=["last", "all"], default="last",
+                        help="stages of the discriminator whose pooled maps are the third view")
+    parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
+                        help="the target's moving average at the start; larger moves slower")
+    return parse_flags(parser)
+
+
+def main():
+    args = parse()
+    run = Run(args)
+    images, _ = load_split(args, "train")
+    images = images.to(args.device)
+    discriminator = get_ebm(images, args) if args.coeff > 0 else None
+    torch.manual_seed(args.seed)
+    method = BYOL(args, discriminator).to(args.device)
+    model = distribute(method)
+    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
+                                 lr=args.lr, weight_decay=1e-6)
+    steps = args.epochs * (len(images) // args.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lr_factor(args.schedule, steps, args.epochs))
+
+    for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
+        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+            with autocast(args):
+                loss, terms = model(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            move_average(method.target, method.online, target_tau(args.tau, run.step / steps))
+            run.log(loss=loss, **terms)                                   # eq. (5) is above
+    run.evaluate(method.encoder)
+
+
+if __name__ == "__main__":
+    launch(main)

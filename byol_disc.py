@@ -28,12 +28,12 @@ class BYOL(nn.Module):
         self.encoder = Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
-        self.online = nn.ModuleList([self.encoder, self.projector])
+        self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
+        self.target_projector = deepcopy(self.projector).requires_grad_(False)
         if self.coeff > 0:
             self.discriminator = discriminator
             self.view_projector = mlp(discriminator.dims[args.layers], 1024, args.emb)
-            self.online.append(self.view_projector)
-        self.target = deepcopy(self.online).requires_grad_(False)
+            self.target_view_projector = deepcopy(self.view_projector).requires_grad_(False)
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
@@ -41,19 +41,25 @@ class BYOL(nn.Module):
         z = self.projector(self.encoder(views))                           # (2B, emb)
         p1, p2 = self.predictor(z).chunk(2)                               # eq. (1)
         with torch.no_grad():
-            t1, t2 = self.target[1](self.target[0](views)).chunk(2)
+            t1, t2 = self.target_projector(self.target_encoder(views)).chunk(2)
         pair12 = byol_loss(p1, t2) + byol_loss(p2, t1)                    # eq. (3)
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z)}
 
         with torch.no_grad():
             h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
-            t3 = self.target[2](h3)
+            t3 = self.target_view_projector(h3)
         p3 = self.predictor(self.view_projector(h3))                      # eq. (2)
         pair13 = byol_loss(p1, t3) + byol_loss(p3, t1)
         pair23 = byol_loss(p2, t3) + byol_loss(p3, t2)
         loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
         return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z)}
+
+    def move_target(self, tau):
+        move_average(self.target_encoder, self.encoder, tau)              # eq. (5)
+        move_average(self.target_projector, self.projector, tau)
+        if self.coeff > 0:
+            move_average(self.target_view_projector, self.view_projector, tau)
 
 
 def parse():
@@ -91,8 +97,8 @@ def main():
             loss.backward()
             optimizer.step()
             schedule.step()
-            move_average(method.target, method.online, target_tau(args.tau, run.step / steps))
-            run.log(loss=loss, **terms)                                   # eq. (5) is above
+            method.move_target(target_tau(args.tau, run.step / steps))
+            run.log(loss=loss, **terms)
     run.evaluate(method.encoder)
 
 

@@ -98,13 +98,13 @@ def parse_flags(parser, argv=None):
     args = parser.parse_args(argv)
 
     def differing(flags):
-        values = {flag: getattr(args, flag) for flag in flags}
+        values = [(flag, getattr(args, flag)) for flag in flags]
         return [f"{flag}={Path(value).stem if flag in ('data_dir', 'ebm') else value}"
-                for flag, value in values.items() if value != parser.get_default(flag)]
+                for flag, value in values if value != parser.get_default(flag)]
 
-    ebm_flags = ["data_dir", "subset", "width", "ebm_objective"]
-    run_name = [Path(parser.prog).stem, *differing(vars(args).keys() - NEUTRAL)]
-    ebm_name = ["ebm", args.dataset, *differing(ebm_flags), f"{args.ebm_iters}.pt"]
+    run_name = [Path(parser.prog).stem, *differing(f for f in vars(args) if f not in NEUTRAL)]
+    ebm_name = ["ebm", args.dataset, *differing(["data_dir", "subset", "width"]),
+                args.ebm_objective, f"{args.ebm_iters}.pt"]
     args.run_dir = args.run_dir or "runs/" + "-".join(run_name)
     args.ebm = args.ebm or "runs/" + "-".join(ebm_name)
     return args
@@ -493,6 +493,7 @@ def move_average(target, online, tau):
 # --- Energy-based model: discriminator and generator, trained on the same images -------------
 
 SAMPLER = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's, in pixel range 1
+EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
 BLOCK = 100                                         # iterations between log lines and checkpoints
 
 
@@ -519,7 +520,7 @@ def ebm_step(x, d, g, optimizer_d, optimizer_g):
     optimizer_d.step()
 
     d.requires_grad_(False)
-    loss = -d(x_g + (x_s - x_0)[:len(x_g)]).float().mean()
+    loss = -d(x_g + (x_s - x_0).detach()[:len(x_g)]).float().mean()
     optimizer_g.zero_grad()
     loss.backward()
     optimizer_g.step()
@@ -544,8 +545,8 @@ def train_ebm(images, args):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed_of(args.seed))
     d, g = Discriminator(args.width).to(args.device), Generator(args.width).to(args.device)
-    state = {"d": d, "g": g, "optimizer_d": torch.optim.Adam(d.parameters(), 1e-3, betas=(0.0, 0.999)),
-             "optimizer_g": torch.optim.Adam(g.parameters(), 2e-4, betas=(0.0, 0.999))}
+    state = {"d": d, "g": g, "optimizer_d": torch.optim.Adam(d.parameters(), EBM_LR[0], betas=(0.0, 0.999)),
+             "optimizer_g": torch.optim.Adam(g.parameters(), EBM_LR[1], betas=(0.0, 0.999))}
     first = restore(partial, config, state)
     trim_log(log, first // BLOCK)
     images, began = images.to(args.device), time.time()
@@ -758,8 +759,10 @@ def append(path, row):
 def show(line, last=True):
     """Print a line on rank 0; one that is not the last of its kind is replaced by the next."""
     if rank() == 0:
-        tty = sys.stdout.isatty()
-        print(("\r\033[K" if tty else "") + line, end="\n" if last else "", flush=True)
+        if sys.stdout.isatty():
+            print("\r\033[K" + line, end="\n" if last else "", flush=True)
+        elif last:
+            print(line, flush=True)
 
 
 def duration(seconds):

@@ -1,0 +1,115 @@
+"""EBM training: its step against its formula, its file, its log, and what happens when f explodes."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+from common import Discriminator, Generator, UserError, draw_shapes, get_ebm, load_ebm, train_ebm
+
+
+def flags(tmp_path, *more):
+    return common.parse_flags(common.make_parser("x"), [
+        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3", "--precision", "fp32",
+        "--ebm", str(tmp_path / "ebm.pt"), *more])
+
+
+def test_discriminator_step_equals_its_formula(monkeypatch):
+    x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
+    monkeypatch.setattr(common, "langevin", lambda *_, **__: negatives)
+    d, g = Discriminator(4), Generator(4)
+    weights = [p.detach().clone().requires_grad_() for p in d.parameters()]
+
+    def f(image):
+        return torch.func.functional_call(d, dict(zip(dict(d.named_parameters()), weights)), image[None])[0]
+
+    def loss(share):                    # image by image; the penalty from the Jacobian
+        terms = [F.softplus(-f(a)) + F.softplus(f(b)) + share * (
+            torch.autograd.functional.jacobian(f, a, create_graph=True).square().sum()
+            + torch.autograd.functional.jacobian(f, b, create_graph=True).square().sum())
+            for a, b in zip(x, negatives)]
+        return sum(terms) / len(terms)
+
+    expected = torch.autograd.grad(loss(5), weights)
+    halved = torch.autograd.grad(loss(2.5), weights)
+    sgd = torch.optim.SGD(d.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in d.parameters()]
+    common.ebm_step(x, d, g, sgd, torch.optim.SGD(g.parameters(), lr=0.0))
+    step = [old - new.detach() for old, new in zip(before, d.parameters())]
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, expected))
+    assert not all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, halved))
+
+
+def test_generator_climbs_f_straight_through_the_sampler():
+    d, g = Discriminator(4), Generator(4)
+    d.linear.weight.data *= 20
+    x, still = draw_shapes(64, seed=3)[0] / 255, torch.optim.SGD(d.parameters(), lr=0.0)
+    optimizer = torch.optim.Adam(g.parameters(), 1e-3, betas=(0.0, 0.999))
+    rows = [common.ebm_step(x, d, g, still, optimizer)["f_sample"].item() for _ in range(30)]
+    assert rows[-1] > rows[0] + 0.05
+    assert all(p.requires_grad for p in d.parameters())
+
+
+def test_file_log_and_picture(tmp_path, capsys):
+    args = flags(tmp_path)
+    images, _ = common.load_split(args, "train")
+    d = train_ebm(images, args)
+    out = capsys.readouterr().out
+    assert out.count("linear probe of the trained") == 2 == out.count("linear probe of the untrained")
+    loaded = load_ebm(args.ebm, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
+    header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
+    assert header["torch"] == torch.__version__
+    assert {"f_real", "f_sample", "gap", "auc", "clamped", "sample_mean", "sample_std"} < set(row)
+    assert row["gap"] == pytest.approx(row["f_real"] - row["f_sample"], abs=1e-5) and 0 <= row["auc"] <= 1
+    assert Image.open(tmp_path / "ebm.png").size == (16 * 34 + 2, 6 * 34 + 2)
+
+    assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)       # reused, not trained
+    with pytest.raises(UserError, match="--width 4, not 8"):
+        get_ebm(images, flags(tmp_path, "--width", "8"))
+    with pytest.raises(UserError, match="--images"):
+        get_ebm(images[1:], args)
+
+
+def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK", 2)
+    args = flags(tmp_path, "--ebm-iters", "6")
+    images, _ = common.load_split(args, "train")
+    whole = train_ebm(images, args)
+    (tmp_path / "ebm.pt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "append", fail_at(3, common.append))
+        with pytest.raises(KeyboardInterrupt):
+            train_ebm(images, args)
+    assert (tmp_path / "ebm.partial").exists() and not (tmp_path / "ebm.pt").exists()
+    resumed = train_ebm(images, args)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
+    assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
+    other = train_ebm(images, flags(tmp_path, "--ebm-iters", "6", "--seed", "1"))
+    assert not torch.equal(other.linear.weight, whole.linear.weight)
+
+
+def fail_at(n, function):
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return function(*args)
+    return failing
+
+
+def test_it_stops_when_f_explodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK", 2)
+    args = flags(tmp_path, "--ebm-iters", "40")
+    images, _ = common.load_split(args, "train")
+    monkeypatch.setattr(common, "EBM_LR", (10.0, 2e-4))
+    with pytest.raises(UserError, match="f exploded before iteration"):
+        train_ebm(images, args)
+    assert not (tmp_path / "ebm.pt").exists()

@@ -1,0 +1,56 @@
+"""Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
+import math
+
+import pytest
+import torch
+
+from common import Encoder, draw_shapes, extract_features, knn_accuracy, linear_accuracy
+
+
+def test_the_backbone_stays_frozen():
+    encoder = Encoder(4)
+    images, _ = draw_shapes(20, seed=3)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    features = extract_features(encoder, images)
+    assert features.shape == (20, 32) and not features.requires_grad and encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert torch.allclose(extract_features(encoder, images[3:4]), features[3:4], atol=1e-5)    # no batch statistics
+    encoder(images / 255)                                               # a control: training mode is seen
+    assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def knn_in_loops(train_x, train_y, test_x, test_y, k, temperature):
+    def similarity(a, b):
+        return (a @ b / (a.norm() * b.norm())).item() if temperature else -(a - b).norm().item()
+    correct = 0
+    for x, y in zip(test_x, test_y):
+        near = sorted(((similarity(x, t), label.item()) for t, label in zip(train_x, train_y)), reverse=True)
+        votes = [0.0] * 4
+        for s, label in near[:k]:
+            votes[label] += math.exp(s / temperature) if temperature else 1
+        correct += votes.index(max(votes)) == y
+    return 100 * correct / len(test_x)
+
+
+@pytest.mark.parametrize("k, temperature", [(1, None), (5, None), (20, 0.1)])
+def test_knn_equals_loops(k, temperature):
+    centers = torch.randn(4, 8)
+    train_y, test_y = torch.randint(4, (90,)), torch.randint(4, (60,))
+    train_x, test_x = (centers[y] + 1.2 * torch.randn(len(y), 8) for y in (train_y, test_y))
+    ours = knn_accuracy(train_x, train_y, test_x, test_y, k, temperature)
+    assert ours == pytest.approx(knn_in_loops(train_x, train_y, test_x, test_y, k, temperature))
+    assert 50 < ours < 100
+    assert knn_accuracy(train_x, train_y.roll(1), test_x, test_y, k, temperature) < 50
+
+
+def test_linear_probe_finds_a_linear_rule_and_nothing_else():
+    x = torch.randn(3000, 6)
+    linear, circle = (x @ torch.randn(6, 3)).argmax(1), (x.square().sum(1) > 5.35).long()
+    assert linear_accuracy(x[:2000], linear[:2000], x[2000:], linear[2000:], epochs=300) > 90
+    assert linear_accuracy(x[:2000], circle[:2000], x[2000:], circle[2000:], epochs=300) < 60
+
+
+def test_raw_pixels_do_not_give_the_shapes_away():
+    (train_x, train_y), (test_x, test_y) = draw_shapes(2000, seed=0), draw_shapes(1000, seed=1)
+    pixels = [train_x.flatten(1) / 255 - 0.5, train_y, test_x.flatten(1) / 255 - 0.5, test_y]
+    assert linear_accuracy(*pixels, epochs=50) < 20 and knn_accuracy(*pixels, k=5) < 20

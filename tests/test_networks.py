@@ -1,0 +1,45 @@
+"""Shapes, the encoder against torchvision's ResNet-18, the discriminator's features against f."""
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+
+from common import Discriminator, Encoder, Generator, mlp
+
+
+def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
+    reference = torchvision.models.resnet18()
+    reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    reference.maxpool, reference.fc = nn.Identity(), nn.Identity()
+    encoder = Encoder(64)
+    reference.load_state_dict(dict(zip(reference.state_dict(), encoder.state_dict().values())))
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.allclose(encoder(x), reference((x - 0.5) / 0.25), atol=1e-4)
+    assert not torch.allclose(encoder(x), reference(x), atol=1e-2)
+    assert encoder(x).shape == (4, encoder.dim) == (4, 512)
+
+
+def test_widths():
+    assert Encoder(4)(torch.rand(2, 3, 24, 40)).shape == (2, 32)
+    assert Generator(4, z_dim=7)(torch.randn(2, 7)).shape == (2, 3, 32, 32)
+    assert [type(layer).__name__ for layer in mlp(3, 5, 2)] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    image = Generator(4)(9 * torch.randn(8, 128))
+    assert image.min() >= 0 and image.max() <= 1
+
+
+def test_discriminator_features_are_what_f_reads():
+    d, x = Discriminator(4), torch.rand(5, 3, 32, 32)
+    assert d(x).shape == (5,)
+    for layers in ("last", "all"):
+        assert d.features(x, layers).shape == (5, d.dims[layers])
+    assert torch.allclose(d.linear(d.features(x)).squeeze(1), d(x), atol=1e-6)
+    assert torch.equal(d.features(x, "all")[:, -16:], d.features(x, "last"))
+    convolutions = [m for m in d.modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+
+
+def test_he_initialisation_keeps_the_variance():
+    d = Discriminator(32)
+    x = 0.5 + 0.25 * torch.randn(8, 3, 32, 32)
+    ratio = d.stages[0](x * 4 - 2).std() / 1.0
+    assert ratio.item() == pytest.approx(0.75, abs=0.4)                # PyTorch's default: about 0.05

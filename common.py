@@ -3,7 +3,7 @@
 Flags, data, augmentation, networks, the Langevin sampler, losses, the energy-based model (EBM),
 runs, evaluation, several devices. Outside a network images are in [0, 1], or uint8 at rest.
 
-    python common.py --ebm-iters 4000       # train the EBM alone; the scripts do it when they need to
+    python common.py --ebm-iters 4000       # train the EBM alone (a script does it if needed)
 """
 import argparse
 import json
@@ -15,8 +15,9 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,9 @@ def make_parser(doc):
     return parser
 
 
-SMOKE = dict(dataset="synthetic", subset=4000, width=12, epochs=12, batch_size=100,
-             schedule="cosine", ebm_iters=100)
-NEUTRAL = {"run_dir", "device", "eval_every"}           # flags that leave the result as it is
+SMOKE = dict(dataset="synthetic", subset=4000, width=16, epochs=10, batch_size=64,
+             schedule="cosine", ebm_iters=50)
+NEUTRAL = {"run_dir", "device", "eval_every"}             # these leave a result as it is
 
 
 def parse_flags(parser, argv=None):
@@ -97,16 +98,15 @@ def parse_flags(parser, argv=None):
         parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)
 
-    def differing(flags):
-        values = [(flag, getattr(args, flag)) for flag in flags]
-        return [f"{flag}={Path(value).stem if flag in ('data_dir', 'ebm') else value}"
-                for flag, value in values if value != parser.get_default(flag)]
-
-    run_name = [Path(parser.prog).stem, *differing(f for f in vars(args) if f not in NEUTRAL)]
-    ebm_name = ["ebm", args.dataset, *differing(["data_dir", "subset", "width"]),
-                args.ebm_objective, f"{args.ebm_iters}.pt"]
-    args.run_dir = args.run_dir or "runs/" + "-".join(run_name)
-    args.ebm = args.ebm or "runs/" + "-".join(ebm_name)
+    differing = [f"{flag}={Path(value).stem if flag in ('data_dir', 'ebm') else value}"
+                 for flag, value in vars(args).items()
+                 if flag not in NEUTRAL and value != parser.get_default(flag)]
+    args.script = Path(parser.prog).stem
+    data = args.dataset if args.dataset != "folder" else Path(args.data_dir).stem
+    data += f"-{args.subset}" if args.subset else ""
+    args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
+    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-"
+                            f"{args.ebm_iters}.pt")
     return args
 
 
@@ -144,9 +144,10 @@ def load_images(dataset, data_dir, split):
             images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
                                 for part in np.array_split(data.data, 100)])
             return images, torch.as_tensor(data.labels, dtype=torch.int64)
-        source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-        data = source[dataset](data_dir, split == "train", download=True)
-        return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+        source = getattr(torchvision.datasets, dataset.upper())
+        data = source(data_dir, split == "train", download=True)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+        return images.contiguous(), torch.tensor(data.targets)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
@@ -177,37 +178,42 @@ def read_folder(root, split):
 
 
 def draw_shapes(n, seed):
-    """Ten classes of shapes; place, size, tilt, colours and background are nuisances.
+    """Noisy wallpapers of ten shapes; place, size, tilt, hues and brightness are nuisances.
 
-    Returns uint8 (n, 3, 32, 32) and int64 (n,), the same ones whenever the seed is the same.
+    Returns uint8 (n, 3, 32, 32) and int64 (n,), the same ones whenever the seed is the same. Hues
+    run over the whole wheel in every image, as otherwise they alone would tell images apart.
     """
     g = torch.Generator().manual_seed(seed)
-    label = torch.randint(10, (n,), generator=g)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
 
-    v, u = torch.meshgrid(*2 * [torch.linspace(-1, 1, 64)], indexing="ij")        # (64, 64)
-    background = uniform(0, 1, 3) + uniform(-.4, .4, 3) * u + uniform(-.4, .4, 3) * v
-    tilt, radius = uniform(-.25, .25), uniform(.4, .75)
-    u, v = u - uniform(-.3, .3), v - uniform(-.3, .3)                              # (n, 64, 64)
-    u, v = ((tilt.cos() * u - tilt.sin() * v) / radius, (tilt.sin() * u + tilt.cos() * v) / radius)
-    disc, square = u.hypot(v), torch.maximum(u.abs(), v.abs())
-    plus = (torch.minimum(u.abs(), v.abs()) < .28) & (square < 1)
-    cross = ((u - v).abs().minimum((u + v).abs()) < .38) & (square < .9)
-    stripes_u, stripes_v = (u * 7).sin() > 0, (v * 7).sin() > 0
-    drawings = [disc < 1, (disc < 1) & (disc > .6), square < .85, (square < .9) & (square > .5),
-                (v < .7) & (v > 1.9 * u.abs() - 1), plus, cross, stripes_u & (square < .9),
-                stripes_v & (square < .9), (stripes_u ^ stripes_v) & (square < .9)]
-    shape = torch.stack(drawings, 1)[torch.arange(n), label]                       # (n, 64, 64)
-    colour = (background.mean((2, 3), keepdim=True) + uniform(.25, .6, 3)) % 1     # apart from it
-    image = F.avg_pool2d(torch.where(shape[:, None], colour, background), 2)
-    image = image + .04 * torch.randn(image.shape, generator=g)
+    v, u = torch.meshgrid(*2 * [torch.linspace(-1, 1, 32)], indexing="ij")         # (32, 32)
+    toward, phase = uniform(0, 2 * math.pi, 1), uniform(0, 2 * math.pi, 1)
+    hue = 4 * (toward.cos() * u + toward.sin() * v) + phase                        # (n, 1, 32, 32)
+    hue = hue + 2 * math.pi * torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]
+    paper = uniform(0.45, 0.55, 1) + 0.1 * hue.cos()                               # (n, 3, 32, 32)
+    tilt, size = uniform(-0.4, 0.4), 2.6 * uniform(0.2, 0.35)
+    u, v = ((tilt.cos() * u - tilt.sin() * v) / size + uniform(0, 2),
+            (tilt.sin() * u + tilt.cos() * v) / size + uniform(0, 2))              # in tiles
+    ink = torch.where((u.floor() + v.floor()) % 2 == 0, 0.35, -0.35)               # light, dark
+    u, v = 2.6 * (u % 1 - 0.5), 2.6 * (v % 1 - 0.5)                                # within a tile
+    r, x, y = u.hypot(v), u.abs(), v.abs()
+    low, high = torch.minimum(x, y), torch.maximum(x, y)
+    diagonal = torch.minimum((u - v).abs(), (u + v).abs())
+    shapes = [1 - r, 0.25 - (r - 0.7).abs(), 0.85 - high, 0.2 - (high - 0.65).abs(),
+              torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
+              torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
+              torch.minimum(1 - x, 0.4 - y), u * v]                                # > 0 inside
+    label = torch.randint(10, (n,), generator=g)
+    shape = torch.stack(shapes, 1)[torch.arange(n), label]                         # (n, 32, 32)
+    image = paper + (ink * (12 * shape).sigmoid())[:, None]
+    image = image + 0.2 * torch.randn(image.shape, generator=g)
     return (image.clamp(0, 1) * 255).round().byte(), label
 
 
 def load_split(args, split):
-    """`load_images` for the flags; --subset keeps the same random training images whatever the seed."""
+    """`load_images` by the flags; --subset keeps the same random images whatever the seed."""
     images, labels = load_images(args.dataset, args.data_dir, split)
     if split == "train" and args.subset:
         if args.subset > len(images):
@@ -283,16 +289,17 @@ def luminance(x):
 
 def shift_hue(x, shift):
     """Turn the hue of x (B, 3, H, W) by `shift` (B,) turns, in HSV."""
-    (r, g, b), high, low = x.unbind(1), x.amax(1), x.amin(1)
-    chroma = high - low
-    hue = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g)) / chroma.clamp_min(1e-9)
-    hue = hue + torch.where(high == r, 0, torch.where(high == g, 2, 4)) + 6 * shift[:, None, None]
+    (r, g, b), high = x.unbind(1), x.amax(1)
+    chroma = high - x.amin(1)
+    hue = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g))
+    hue = hue / chroma.clamp_min(1e-9) + 6 * shift[:, None, None]
+    hue = hue + torch.where(high == r, 0, torch.where(high == g, 2, 4))
     k = (hue[:, None] + x.new_tensor([5, 3, 1])[:, None, None]) % 6
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def resampling(start, size, n):
-    """Matrices (B, n, n) that stretch pixels [start, start + size) to n, with PIL's bicubic kernel."""
+    """Matrices (B, n, n): stretch pixels [start, start + size) to n, with PIL's bicubic kernel."""
     pixel = torch.arange(n, device=start.device) + 0.5
     center = start[:, None] + pixel * size[:, None] / n                            # (B, n)
     d = (center[:, :, None] - pixel).abs()                                         # (B, n, n)
@@ -348,7 +355,8 @@ class Discriminator(nn.Module):
         self.dims = {"last": 4 * w, "all": 10 * w}
         self.stages = nn.ModuleList([
             nn.Sequential(conv(3, w), nn.LeakyReLU(0.1), conv(w, 2 * w), nn.LeakyReLU(0.1)),
-            nn.Sequential(conv(2 * w, 2 * w), nn.LeakyReLU(0.1), conv(2 * w, 4 * w), nn.LeakyReLU(0.1)),
+            nn.Sequential(conv(2 * w, 2 * w), nn.LeakyReLU(0.1),
+                          conv(2 * w, 4 * w), nn.LeakyReLU(0.1)),
             nn.Sequential(conv(4 * w, 4 * w), nn.LeakyReLU(0.1))])
         self.linear = nn.Linear(4 * w, 1)
         self.to(memory_format=torch.channels_last)
@@ -408,7 +416,7 @@ def mix_with_noise(x, alpha):
 def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
     """Langevin dynamics that climbs f: I <- I + step_size * grad f(I) + N(0, noise_std^2).
 
-    f: (B, ...) -> (B,), its weights untouched; x: (B, ...) in [0, 1] -> a detached sample in [0, 1].
+    f: (B, ...) -> (B,), its weights untouched; x: (B, ...) in [0, 1] -> detached sample in [0, 1].
     The gradient is clamped element-wise to +-grad_clip, the image to [0, 1]. noise_std is in units
     of the pixel range. Memory does not grow with `steps`. Source: IGEBM, arXiv:1903.08689.
     """
@@ -419,6 +427,17 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
         step = step_size * gradient.clamp(-grad_clip, grad_clip)
         x = (x.detach() + step + noise_std * torch.randn_like(x)).clamp(0, 1)
     return x
+
+
+def sampler(args):
+    """The flags' step size, noise std in units of the pixel range, and bound on the gradient."""
+    return {"step_size": args.step_size, "noise_std": args.noise_std * args.noise_unit,
+            "grad_clip": args.grad_clip}
+
+
+def generate(f, x, args):
+    """I_steps of the chains that start from images x (B, 3, H, W), uint8 -> in [0, 1]."""
+    return langevin(f, mix_with_noise(x / 255, args.alpha), args.steps, **sampler(args))
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
@@ -457,6 +476,19 @@ def z_std(z):
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 
+@contextmanager
+def batch_statistics(module):
+    """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 # --- Optimisation ----------------------------------------------------------------------------
 
 
@@ -485,7 +517,7 @@ def target_tau(tau, progress):
 
 @torch.no_grad()
 def move_average(target, online, tau):
-    """target <- tau * target + (1 - tau) * online, parameters only (buffers are each network's own)."""
+    """target <- tau * target + (1 - tau) * online; parameters only, each has buffers of its own."""
     for t, o in zip(target.parameters(), online.parameters()):
         t.lerp_(o, 1 - tau)
 
@@ -500,7 +532,7 @@ BLOCK = 100                                         # iterations between log lin
 def ebm_step(x, d, g, optimizer_d, optimizer_g):
     """One step of adversarial dynamics embedding on images x (B, 3, 32, 32); returns its meters.
 
-    x_s: G(z) and, for a quarter of the batch, I_0 = mix_with_noise(x), refined by five Langevin steps.
+    x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
     D descends softplus(-f(x)) + softplus(f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2). G climbs
     f(x_s), its gradient passing straight through the steps, which are additive.
     """
@@ -526,11 +558,13 @@ def ebm_step(x, d, g, optimizer_d, optimizer_g):
     optimizer_g.step()
     d.requires_grad_(True)
 
-    return {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
-            "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
-            "auc": (f_real[:, None] > f_sample).float().mean(),
-            "clamped": (gradient[b:].abs() >= SAMPLER["grad_clip"]).float().mean(),
-            "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(), "data_std": x.std(0).mean()}
+    meters = {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
+              "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
+              "auc": (f_real[:, None] > f_sample).float().mean(),
+              "clamped": (gradient[b:].abs() >= SAMPLER["grad_clip"]).float().mean(),
+              "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
+              "data_std": x.std(0).mean()}
+    return {name: value.detach() for name, value in meters.items()}
 
 
 def train_ebm(images, args):
@@ -541,14 +575,15 @@ def train_ebm(images, args):
     last good checkpoint stays.
     """
     path, config = Path(args.ebm), ebm_config(images, args)
-    partial, log = path.with_suffix(".partial"), path.with_suffix(".jsonl")
+    checkpoint, log = path.with_suffix(".partial"), path.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed_of(args.seed))
     d, g = Discriminator(args.width).to(args.device), Generator(args.width).to(args.device)
-    state = {"d": d, "g": g, "optimizer_d": torch.optim.Adam(d.parameters(), EBM_LR[0], betas=(0.0, 0.999)),
-             "optimizer_g": torch.optim.Adam(g.parameters(), EBM_LR[1], betas=(0.0, 0.999))}
-    first = restore(partial, config, state)
-    trim_log(log, first // BLOCK)
+    adam = [torch.optim.Adam(network.parameters(), lr, betas=(0.0, 0.999))
+            for network, lr in zip([d, g], EBM_LR)]
+    state = {"d": d, "g": g, "optimizer_d": adam[0], "optimizer_g": adam[1]}
+    first = restore(checkpoint, config, state)
+    start_log(log, "iteration", first)
     images, began = images.to(args.device), time.time()
     for start in range(first, args.ebm_iters, BLOCK):
         torch.manual_seed(seed_of(args.seed, start))
@@ -559,11 +594,11 @@ def train_ebm(images, args):
                 rows.append(ebm_step(x, **state))
         row = mean_of(rows)
         if not abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4:
-            raise UserError(f"--ebm: f exploded before iteration {end}: f(real) {row['f_real']:.3g}, "
-                            f"f(sample) {row['f_sample']:.3g}, penalty {row['penalty']:.3g}; "
-                            f"{partial} holds iteration {start}")
+            raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
+                            f"{row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
+                            f"{row['penalty']:.3g}; try another --seed or --precision fp32")
         append(log, {"iteration": end, **row})
-        save(partial, config, end, state)
+        save(checkpoint, config, end, state)
         left = (time.time() - began) / (end - first) * (args.ebm_iters - end)
         show(f"EBM {end}/{args.ebm_iters}  f(real) {row['f_real']:.2f}  f(sample) "
              f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
@@ -574,19 +609,20 @@ def train_ebm(images, args):
     save_image(torch.cat([images[:32] / 255, x_g, x_s]), path.with_suffix(".png"), nrow=16)
     for name, network in [("trained", d), ("untrained", Discriminator(args.width).to(args.device))]:
         for layers in ["last", "all"]:
-            result = evaluate(network, args, lambda x: network.features(x, layers))
+            result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
             if result:
                 show(f"linear probe of the {name} discriminator's features, {layers:4} "
                      f"{result['linear']:.2f} %")
     save(path, config, args.ebm_iters, {"d": d, "g": g})
-    partial.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
 
 
 def ebm_config(images, args):
-    """What an EBM was trained on and how; `images` is a checksum, so that the path does not matter."""
+    """What an EBM was trained on, and how; a checksum stands for the images."""
     flags = ["dataset", "subset", "width", "ebm_objective", "ebm_iters"]
-    return {**{flag: getattr(args, flag) for flag in flags}, "images": zlib.crc32(images.cpu().numpy())}
+    config = {flag: getattr(args, flag) for flag in flags}
+    return {**config, "images": zlib.crc32(images.cpu().numpy())}
 
 
 def get_ebm(images, args):
@@ -594,13 +630,16 @@ def get_ebm(images, args):
     if rank() == 0 and not Path(args.ebm).exists():
         train_ebm(images, args)
     barrier()
+    f = load_ebm(args.ebm, args.device)
     same_config(args.ebm, load(args.ebm)["config"], ebm_config(images, args))
-    return load_ebm(args.ebm, args.device)
+    return f
 
 
 def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
     saved = load(path)
+    if "d" not in saved:
+        raise UserError(f"{path}: not an EBM; name one with --ebm")
     d = Discriminator(saved["config"]["width"])
     d.load_state_dict(saved["d"])
     return d.to(device).requires_grad_(False)
@@ -622,6 +661,8 @@ class Run:
             print(f"{self.path} is finished: {(self.path / 'eval.json').read_text()}")
             sys.exit()
         set_up(args)
+        if args.batch_size % world_size():
+            raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
         show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
 
     def epochs(self, **state):
@@ -634,28 +675,28 @@ class Run:
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             save_json(self.path / "config.json", self.config)
-            trim_log(log, first)
+            start_log(log, "epoch", first)
         started = time.time()
         for self.epoch in range(first + 1, args.epochs + 1):
             torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
             self.rows, self.began = [], time.time()
             yield self.epoch
-            row, lr = mean_of(self.rows), state["optimizer"].param_groups[0]["lr"]
-            if not all(math.isfinite(value) for value in row.values()):
-                raise UserError(f"--lr {args.lr}: not finite in epoch {self.epoch}: {row}, lr now "
-                                f"{lr:.2g}; {self.path} holds the epoch before: try a smaller --lr")
-            row = {"epoch": self.epoch, **row, "lr": lr, "images_per_s": self.images_per_s()}
+            row = {"epoch": self.epoch, **mean_of(self.rows, world_size())}
+            row |= {"lr": state["optimizer"].param_groups[0]["lr"], "images_per_s": self.speed()}
+            if not all(map(math.isfinite, row.values())):
+                raise UserError(f"--lr {args.lr}: a term is not finite in this epoch, {row}; a "
+                                f"smaller one may help, {self.path} holds the epoch before")
             if rank() == 0:
                 if args.eval_every and self.epoch % args.eval_every == 0:
-                    row["knn5"] = evaluate(state["model"].encoder, args, linear=False)["knn5"]
+                    row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
                 append(log, row)
                 save(checkpoint, self.config, self.epoch, state)
             left = (time.time() - started) / (self.epoch - first) * (args.epochs - self.epoch)
-            show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
-                 f"{row['images_per_s']:.0f} images/s  {duration(left)} left")
+            show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std "
+                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  {duration(left)} left")
 
     def batches(self, images):
-        """This rank's share of the epoch's shuffled batches: (batch size / ranks, 3, H, W) uint8."""
+        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
         size, shuffled = self.args.batch_size, torch.Generator()
         shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
@@ -665,23 +706,65 @@ class Run:
             yield images[batch.chunk(world_size())[rank()]]
             if sys.stdout.isatty() and rank() == 0:
                 show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
-                     f"{self.images_per_s():.0f} images/s", last=False)
+                     f"{self.speed():.0f} images/s", last=False)
 
     def log(self, **terms):
         """Note a step's loss and terms, scalars; the epoch's line has their means."""
         self.rows.append({name: value.detach() for name, value in terms.items()})
 
-    def images_per_s(self):
+    def save_chain(self, f, x):
+        """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
+
+        langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
+        """
+        log = self.path / "log.jsonl"
+        if rank() > 0 or log.exists():
+            return
+        torch.manual_seed(self.args.seed)
+        with autocast(self.args):
+            image = mix_with_noise(x / 255, self.args.alpha)
+            rows, ends = [image], [*range(5, self.args.steps, 5), self.args.steps]
+            for start, end in zip([0, *ends], ends):
+                image = langevin(f, image, end - start, **sampler(self.args))
+                rows.append(image)
+            energies = [f(image).float().mean().item() for image in [x / 255, *rows]]
+        errors = [(image - x / 255).square().mean((1, 2, 3)) for image in rows]
+        chain = {"steps": [0, *ends], "psnr": [-10 * e.log10().mean().item() for e in errors],
+                 "f": energies[1:], "f_of_x": energies[0]}
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_image(torch.cat([x / 255, *rows]), self.path / "langevin.png", nrow=len(x))
+        start_log(log, "epoch", 0)
+        append(log, {"chain": chain})
+        show(f"noise std {sampler(self.args)['noise_std']:g} of the pixel range; chain: f(x) "
+             f"{energies[0]:.2f}" + "".join(f", f(I_{step}) {value:.2f} at {psnr:.1f} dB" for
+                                            step, value, psnr in zip(*list(chain.values())[:3])))
+
+    def generated(self, f, images):
+        """One generated image for each of images, uint8 alike; made once, kept in generated.pt."""
+        path = self.path / "generated.pt"
+        if rank() == 0 and not path.exists():
+            torch.manual_seed(self.args.seed)
+            made, parts = [], images.split(500)
+            for i, x in enumerate(parts, 1):
+                with autocast(self.args):
+                    made.append((generate(f, x, self.args) * 255).round().byte())
+                show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
+            write(path, torch.cat(made).cpu())
+        barrier()
+        return load(path).to(images.device)
+
+    def speed(self):
         return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
 
     def evaluate(self, encoder):
-        """Linear and kNN accuracy beside those of the untrained encoder: shown, and in eval.json."""
+        """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
         if rank() == 0:
             result = evaluate(encoder, self.args)
             torch.manual_seed(self.args.seed)
             untrained = evaluate(Encoder(self.args.width).to(self.args.device), self.args)
             if result:
-                save_json(self.path / "eval.json", {**result, "split": "test", "untrained": untrained})
+                result |= {"split": "test", "untrained": untrained}
+                save_json(self.path / "eval.json", result)
                 for name, row in [("trained", result), ("untrained", untrained)]:
                     show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
                          f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
@@ -693,19 +776,22 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def mean_of(rows):
-    """Means of [{name: scalar tensor}], over the ranks too, as {name: float}."""
+def mean_of(rows, ranks=1):
+    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
     means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
-    if world_size() > 1:
+    if ranks > 1:
         dist.all_reduce(means)
-    return dict(zip(rows[0], (means / world_size()).tolist()))
+    return dict(zip(rows[0], (means / ranks).tolist()))
 
 
 def save(path, config, done, state):
-    """Write a checkpoint beside `path`, then rename it, so that there is always a whole one."""
-    saved = {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}}
+    write(path, {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}})
+
+
+def write(path, content):
+    """torch.save beside `path`, then rename, so that the file is always a whole one."""
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(saved, beside)
+    torch.save(content, beside)
     os.replace(beside, path)
 
 
@@ -714,7 +800,7 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: not a whole checkpoint of ours ({reason}); remove it") from None
+        raise UserError(f"{path}: not a whole file of ours ({reason}); remove it") from None
 
 
 def restore(path, config, state):
@@ -735,16 +821,17 @@ def same_config(path, saved, wanted):
                             f"{value}; use the same flags, or another --run-dir or --ebm")
 
 
-def trim_log(path, done):
-    """Begin a log with a line on its origin, or keep its first `done` lines: the rest comes again."""
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    if lines:
-        path.write_text("".join([lines[0], *lines[1:done + 1]]))
+def start_log(path, counter, done):
+    """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
+    if path.exists():
+        lines = path.read_text().splitlines(True)
+        path.write_text("".join(x for x in lines if json.loads(x).get(counter, 0) <= done))
     else:
         git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                              capture_output=True, text=True)
-        append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
-                      "torchvision": torchvision.__version__, "commit": git.stdout.strip() or None})
+        append(path, {"argv": sys.argv, "python": sys.version.split()[0],
+                      "torch": torch.__version__, "torchvision": torchvision.__version__,
+                      "commit": git.stdout.strip() or None})
 
 
 def save_json(path, row):
@@ -780,8 +867,10 @@ def extract_features(encoder, images, encode=None):
     """
     was_training, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
-    features = [(encode or encoder)(batch.to(device) / (255 if batch.dtype == torch.uint8 else 1)).float()
-                for batch in images.split(500)]
+    encode, features = encode or encoder, []
+    for batch in images.split(500):
+        batch = batch.to(device) / (255 if batch.dtype == torch.uint8 else 1)
+        features.append(encode(batch).float())
     encoder.train(was_training)
     return torch.cat(features)
 
@@ -813,7 +902,8 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for index in torch.randperm(len(train_x), generator=shuffled).to(train_x.device).split(1000):
+        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
+        for index in order.split(1000):
             loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
             optimizer.zero_grad()
             loss.backward()
@@ -823,25 +913,34 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
         return 100 * (classifier(test_x).argmax(1) == test_y).float().mean().item()
 
 
-def evaluate(encoder, args, encode=None, linear=True):
-    """{"linear", "knn5", "knn_cosine"} accuracies (%) of frozen features on the test images.
+METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
+           "knn_cosine": partial(knn_accuracy, k=200, temperature=0.1)}
 
+
+def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
+    """Accuracies (%) {metric: value} of the encoder's frozen features.
+
+    On the test images, or with split "val" on a tenth of the training images, kept from the probe.
     None, with a printed line, where there are no test images.
     """
     train = load_split(args, "train")
-    try:
-        test = load_split(args, "test")
-    except UserError as error:
-        show(f"not evaluated: {error}")
-        return None
+    if split == "val":
+        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
+        held_out, kept = order.tensor_split([len(order) // 10])
+        train, test = [x[kept] for x in train], [x[held_out] for x in train]
+    else:
+        try:
+            test = load_split(args, "test")
+        except UserError as error:
+            show(f"not evaluated: {error}")
+            return None
     data = []
     for images, labels in (train, test):
-        images, labels = images[labels >= 0], labels[labels >= 0]
+        labeled = labels >= 0
         with autocast(args):
-            data += [extract_features(encoder, images, encode), labels.to(args.device)]
-    result = {"linear": linear_accuracy(*data)} if linear else {}
-    return {**result, "knn5": knn_accuracy(*data, k=5),
-            "knn_cosine": knn_accuracy(*data, k=200, temperature=0.1)}
+            data.append(extract_features(encoder, images[labeled], encode))
+        data.append(labels[labeled].to(args.device))
+    return {metric: METRICS[metric](*data) for metric in metrics}
 
 
 # --- Devices: one or several, and what they compute in ---------------------------------------
@@ -851,7 +950,7 @@ def set_up(args):
     """Join the ranks that torchrun started, if it did, and check the device."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))    # rank 0 may train an EBM first
+        dist.init_process_group(backend, timeout=timedelta(days=1))    # rank 0 may train an EBM
         if backend == "nccl":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
@@ -859,8 +958,6 @@ def set_up(args):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.batch_size % world_size():
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by {world_size()} ranks")
 
 
 def rank():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, draw_shapes, load_images, load_split, parse_flags, make_parser
+from common import UserError, draw_shapes, load_images, load_split, make_parser, parse_flags
 
 
 def write(path, pixels):
@@ -17,7 +17,8 @@ def folder(tmp_path):
     for split in ("train", "test"):
         for label, name in enumerate(["apple", "pear"]):
             for i in range(3):
-                write(tmp_path / split / name / f"{i}.png", np.full((32, 32, 3), 100 * label + i, np.uint8))
+                gray = np.full((32, 32, 3), 100 * label + i, np.uint8)
+                write(tmp_path / split / name / f"{i}.png", gray)
     return tmp_path
 
 
@@ -53,7 +54,9 @@ def test_shapes_are_deterministic_and_differ_by_split():
 
 def test_subset_does_not_depend_on_the_seed():
     def split(*flags):
-        return load_split(parse_flags(make_parser("x"), ["--dataset", "synthetic", *flags]), "train")
+        args = parse_flags(make_parser("x"), ["--dataset", "synthetic", *flags])
+        return load_split(args, "train")
+
     images, labels = split("--subset", "50")
     assert torch.equal(images, split("--subset", "50", "--seed", "3")[0]) and len(labels) == 50
     assert torch.equal(images[:20], split("--subset", "20")[0])

@@ -1,4 +1,4 @@
-"""EBM training: its step against its formula, its file, its log, and what happens when f explodes."""
+"""EBM training: its step against its formula, its file and log, and what stops it."""
 import json
 
 import pytest
@@ -12,18 +12,18 @@ from common import Discriminator, Generator, UserError, draw_shapes, get_ebm, lo
 
 def flags(tmp_path, *more):
     return common.parse_flags(common.make_parser("x"), [
-        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3", "--precision", "fp32",
-        "--ebm", str(tmp_path / "ebm.pt"), *more])
+        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3",
+        "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
 
 def test_discriminator_step_equals_its_formula(monkeypatch):
     x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     monkeypatch.setattr(common, "langevin", lambda *_, **__: negatives)
     d, g = Discriminator(4), Generator(4)
-    weights = [p.detach().clone().requires_grad_() for p in d.parameters()]
+    weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
-        return torch.func.functional_call(d, dict(zip(dict(d.named_parameters()), weights)), image[None])[0]
+        return torch.func.functional_call(d, weights, image[None])[0]
 
     def loss(share):                    # image by image; the penalty from the Jacobian
         terms = [F.softplus(-f(a)) + F.softplus(f(b)) + share * (
@@ -32,8 +32,8 @@ def test_discriminator_step_equals_its_formula(monkeypatch):
             for a, b in zip(x, negatives)]
         return sum(terms) / len(terms)
 
-    expected = torch.autograd.grad(loss(5), weights)
-    halved = torch.autograd.grad(loss(2.5), weights)
+    expected = torch.autograd.grad(loss(5), weights.values())
+    halved = torch.autograd.grad(loss(2.5), weights.values())
     sgd = torch.optim.SGD(d.parameters(), lr=1.0)
     before = [p.detach().clone() for p in d.parameters()]
     common.ebm_step(x, d, g, sgd, torch.optim.SGD(g.parameters(), lr=0.0))
@@ -45,10 +45,10 @@ def test_discriminator_step_equals_its_formula(monkeypatch):
 def test_generator_climbs_f_straight_through_the_sampler():
     d, g = Discriminator(4), Generator(4)
     d.linear.weight.data *= 20
-    x, still = draw_shapes(64, seed=3)[0] / 255, torch.optim.SGD(d.parameters(), lr=0.0)
+    x, still = draw_shapes(32, seed=3)[0] / 255, torch.optim.SGD(d.parameters(), lr=0.0)
     optimizer = torch.optim.Adam(g.parameters(), 1e-3, betas=(0.0, 0.999))
-    rows = [common.ebm_step(x, d, g, still, optimizer)["f_sample"].item() for _ in range(30)]
-    assert rows[-1] > rows[0] + 0.05
+    f = [common.ebm_step(x, d, g, still, optimizer)["f_sample"].item() for _ in range(10)]
+    assert f[-1] > f[0] + 0.3
     assert all(p.requires_grad for p in d.parameters())
 
 
@@ -57,7 +57,7 @@ def test_file_log_and_picture(tmp_path, capsys):
     images, _ = common.load_split(args, "train")
     d = train_ebm(images, args)
     out = capsys.readouterr().out
-    assert out.count("linear probe of the trained") == 2 == out.count("linear probe of the untrained")
+    assert out.count("probe of the trained") == 2 == out.count("probe of the untrained")
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -65,10 +65,11 @@ def test_file_log_and_picture(tmp_path, capsys):
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
     assert {"f_real", "f_sample", "gap", "auc", "clamped", "sample_mean", "sample_std"} < set(row)
-    assert row["gap"] == pytest.approx(row["f_real"] - row["f_sample"], abs=1e-5) and 0 <= row["auc"] <= 1
+    assert row["gap"] == pytest.approx(row["f_real"] - row["f_sample"], abs=1e-5)
+    assert 0 <= row["auc"] <= 1 and 0 <= row["clamped"] <= 1
     assert Image.open(tmp_path / "ebm.png").size == (16 * 34 + 2, 6 * 34 + 2)
 
-    assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)       # reused, not trained
+    assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
     with pytest.raises(UserError, match="--width 4, not 8"):
         get_ebm(images, flags(tmp_path, "--width", "8"))
     with pytest.raises(UserError, match="--images"):

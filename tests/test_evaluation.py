@@ -14,8 +14,9 @@ def test_the_backbone_stays_frozen():
     features = extract_features(encoder, images)
     assert features.shape == (20, 32) and not features.requires_grad and encoder.training
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    assert torch.allclose(extract_features(encoder, images[3:4]), features[3:4], atol=1e-5)    # no batch statistics
-    encoder(images / 255)                                               # a control: training mode is seen
+    alone = extract_features(encoder, images[3:4])
+    assert torch.allclose(alone, features[3:4], atol=1e-5)              # no batch statistics
+    encoder(images / 255)                                               # a control: this is seen
     assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
@@ -24,9 +25,9 @@ def knn_in_loops(train_x, train_y, test_x, test_y, k, temperature):
         return (a @ b / (a.norm() * b.norm())).item() if temperature else -(a - b).norm().item()
     correct = 0
     for x, y in zip(test_x, test_y):
-        near = sorted(((similarity(x, t), label.item()) for t, label in zip(train_x, train_y)), reverse=True)
+        near = [(similarity(x, t), label.item()) for t, label in zip(train_x, train_y)]
         votes = [0.0] * 4
-        for s, label in near[:k]:
+        for s, label in sorted(near, reverse=True)[:k]:
             votes[label] += math.exp(s / temperature) if temperature else 1
         correct += votes.index(max(votes)) == y
     return 100 * correct / len(test_x)

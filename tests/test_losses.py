@@ -12,7 +12,8 @@ def pair(b=6, d=5):
 
 
 def cosine(a, b):
-    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    dot, aa, bb = (sum(x * y for x, y in zip(*pair)) for pair in [(a, b), (a, a), (b, b)])
+    return dot / math.sqrt(aa * bb)
 
 
 def nt_xent_in_loops(z1, z2, temperature):

@@ -19,12 +19,15 @@ def test_mix_with_noise_moments():
 def test_stationary_variance_of_a_gaussian():
     """For f = -(x - 1/2)^2 / 2s^2 the chain is AR(1): variance n^2 / (1 - (1 - h / s^2)^2)."""
     s, h, n = 0.1, 0.004, 0.05
-    sample = langevin(lambda x: -((x - 0.5) ** 2).sum(1) / (2 * s * s), torch.rand(20_000, 2), 60, h, n,
-                      grad_clip=1e9)
+
+    def f(x):
+        return -((x - 0.5) ** 2).sum(1) / (2 * s * s)
+
+    sample = langevin(f, torch.rand(20_000, 2), 60, h, n, grad_clip=1e9)
     expected = n * n / (1 - (1 - h / s ** 2) ** 2)
     assert sample.mean().item() == pytest.approx(0.5, abs=2e-3)
     assert sample.var().item() == pytest.approx(expected, rel=0.03)
-    assert sample.var().item() != pytest.approx(s * s, rel=0.1)        # the chain is not exact, nor is it said to be
+    assert sample.var().item() != pytest.approx(s * s, rel=0.1)     # that of the density itself
 
 
 def test_it_climbs_f_by_clamped_steps_and_stays_in_range():
@@ -33,7 +36,7 @@ def test_it_climbs_f_by_clamped_steps_and_stays_in_range():
     assert torch.allclose(moved, torch.tensor([0.6, 0.4, 0.51]).expand(2, 3))
     assert langevin(lambda x: 1000 * x.sum(1), x, 99, 10, 0.0).max() == 1
     assert langevin(lambda x: -1000 * x.sum(1), x, 99, 10, 0.0).min() == 0
-    assert torch.equal(x, torch.full((2, 3), 0.5))                      # the argument is not written to
+    assert torch.equal(x, torch.full((2, 3), 0.5))                  # the argument stays as it is
 
 
 def test_noise_alone_and_no_step():
@@ -48,10 +51,10 @@ def test_f_is_untouched_and_the_sample_detached():
     f.stages[0].insert(1, nn.BatchNorm2d(4))
     f.eval()
     before = {name: value.clone() for name, value in f.state_dict().items()}
-    with torch.no_grad():                                               # a caller's, who samples views
+    with torch.no_grad():                                           # the caller's
         sample = langevin(f, torch.rand(2, 3, 32, 32), 3, 10, 0.005)
     assert not sample.requires_grad and sample.grad_fn is None
     assert all(p.grad is None and p.requires_grad for p in f.parameters())
     assert all(torch.equal(value, before[name]) for name, value in f.state_dict().items())
-    f.train()(sample)                                                   # a control: this does touch them
+    f.train()(sample)                                               # a control: this is seen
     assert any(not torch.equal(value, before[name]) for name, value in f.state_dict().items())

@@ -1,0 +1,109 @@
+"""Linear and kNN accuracy of frozen features, for one or many runs, as one markdown table.
+
+    python linear_eval.py runs/*                        # every finished or half-finished run
+    python linear_eval.py runs/byol_* --untrained       # and the floor, an untrained encoder
+    python linear_eval.py runs/ebm-*.pt --data-dir DIR  # the features of an EBM's discriminator
+
+The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
+probe learns from the labels of the images that the run trained on. Runs that differ in their seed
+alone share a row: mean, standard deviation and number of runs.
+"""
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, evaluate, launch, load, load_ebm,
+                    save_json, set_up, show)
+
+
+def evaluate_run(path, flags):
+    """A run's config and accuracies: from its eval.json where that has them, else computed."""
+    config = json.loads((path / "config.json").read_text())
+    args = argparse.Namespace(**{**config, "device": flags.device})
+    args.data_dir = flags.data_dir or args.data_dir
+    done = path / "eval.json"
+    if done.exists() and flags.split == "test":
+        return config, json.loads(done.read_text())
+    saved = load(path / "checkpoint.pt")
+    show(f"evaluating {path}, epoch {saved['done']}", last=False)
+    encoder = Encoder(args.width)
+    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value
+                             in saved["model"].items() if name.startswith("encoder.")})
+    result = evaluate(encoder.to(args.device), args, split=flags.split)
+    torch.manual_seed(args.seed)
+    result["untrained"] = evaluate(Encoder(args.width).to(args.device), args, split=flags.split)
+    if saved["done"] == args.epochs and flags.split == "test":
+        save_json(done, {**result, "split": "test"})
+    return {**config, "epochs": saved["done"]}, result
+
+
+def evaluate_ebm(path, flags):
+    """Config and accuracies of an EBM's discriminator, for its last stage and for all of them."""
+    config = load(path)["config"]
+    args = argparse.Namespace(**config, data_dir=flags.data_dir or "data", device=flags.device,
+                              precision="auto")
+    network = load_ebm(path, flags.device)
+    for layers in ["last", "all"]:
+        show(f"evaluating {path}, {layers}", last=False)
+        result = evaluate(network, args, lambda x: network.features(x, layers), split=flags.split)
+        yield {"script": path.stem, "layers": layers}, result
+
+
+def table(rows, untrained):
+    """Markdown of [(config, accuracies)]: a line for each setting, over its seeds."""
+    configs = [config for config, _ in rows]
+    flags = dict.fromkeys(flag for config in configs for flag in config)       # in their order
+    shared = {flag: configs[0].get(flag) for flag in flags
+              if all(config.get(flag) == configs[0].get(flag) for config in configs)}
+    settings = {}
+    for config, result in rows:
+        differing = [f"{flag}={value}" for flag, value in config.items()
+                     if flag not in shared.keys() | NEUTRAL | {"script", "seed"}]
+        settings.setdefault(" ".join([config["script"], *differing]), []).append(result)
+
+    def line(label, results):
+        cells = []
+        for metric in METRICS:
+            values = [result[metric] for result in results]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.2f}{spread}")
+        return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
+
+    lines = ["| run | linear | 5-NN | cosine 200-NN | n |", "|---|---|---|---|---|"]
+    for label, results in settings.items():
+        lines.append(line(label, results))
+        if untrained and "untrained" in results[0]:
+            lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
+    caption = ", ".join(f"{flag}={value}" for flag, value in shared.items() if flag != "seed")
+    return "\n".join([*lines, "", f"Accuracy, %, of all these: {caption}"])
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("paths", nargs="+", type=Path, help="run directories, files of EBMs")
+    parser.add_argument("--split", choices=["test", "val"], default="test",
+                        help="val: a tenth of the training images, held out from the probe, for "
+                             "choosing flags (default: test)")
+    parser.add_argument("--untrained", action="store_true",
+                        help="a line for the untrained encoder too")
+    parser.add_argument("--data-dir", help="where the images are now (default: where they were)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    set_up(args)
+    rows = []
+    for path in args.paths:
+        if path.suffix == ".pt":
+            rows += evaluate_ebm(path, args)
+        elif (path / "checkpoint.pt").exists():
+            rows.append(evaluate_run(path, args))
+        elif not path.is_file():                    # logs and pictures lie beside an EBM
+            raise UserError(f"{path}: not a run (it has no checkpoint.pt) and not an EBM (.pt)")
+    show("", last=False)
+    print(table(rows, args.untrained))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,110 @@
+"""SimCLR with images made by Langevin dynamics on an energy-based model as a third view.
+
+    v1, v2 = two independent augmentations of a batch x
+    I_0 = alpha * x + (1 - alpha) * U(0, 1),  I <- I + step_size * grad f(I) + N(0, noise_std^2)
+    v3 = augment(I), after `steps` steps                                                     (1)
+    z_i = g(E(v_i))                                                for i = 1, 2, 3           (2)
+    pair(a, b) = nt_xent(z_a, z_b)                                 the normalised softmax    (3)
+    loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
+
+    python simclr_langevin.py --smoke       # all of it on drawn shapes, two minutes on a CPU
+    python simclr_langevin.py --coeff 0.01  # the deck: 87.82 % after 1000 epochs
+    python simclr_langevin.py --coeff 0     # its baseline: 91.81 %
+    python simclr_langevin.py --use dataset # the generated images as more training images
+"""
+import torch
+import torch.nn as nn
+
+from common import (Encoder, Run, augment, autocast, batch_statistics, distribute, generate,
+                    get_ebm, launch, load_split, lr_factor, make_parser, mlp, nt_xent, number,
+                    parse_flags, z_std)
+
+
+class SimCLR(nn.Module):
+    def __init__(self, args, f):
+        super().__init__()
+        self.args, self.f, self.temperature = args, f, args.temperature
+        self.coeff = args.coeff if args.use == "auxiliary" else 0
+        self.encoder = Encoder(args.width)
+        self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
+                                       nn.BatchNorm1d(args.emb))
+
+    def forward(self, x):
+        """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
+        views = torch.cat([augment(x), augment(x)])                       # (2B, 3, H, W)
+        z = self.projector(self.encoder(views))                           # (2B, emb)
+        z1, z2 = z.chunk(2)                                               # eq. (2)
+        pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
+        if self.coeff == 0:
+            return pair12, {"pair12": pair12, "z_std": z_std(z)}
+
+        image = x if self.f is None else generate(self.f, x, self.args)   # eq. (1)
+        v3 = augment(image)                                               # (B, 3, H, W)
+        with batch_statistics(self):
+            z3 = self.projector(self.encoder(v3))
+        pair13 = nt_xent(z1, z3, self.temperature)
+        pair23 = nt_xent(z2, z3, self.temperature)
+        loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
+        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z)}
+
+
+def parse():
+    parser = make_parser(__doc__)
+    parser.set_defaults(batch_size=512)
+    parser.add_argument("--coeff", type=number(float, 0), default=0.01,
+                        help="weight of the third view; 0 is plain SimCLR, without an EBM")
+    parser.add_argument("--steps", type=number(int, 0), default=15,
+                        help="Langevin steps; more go further from the image; 0: I_0 alone")
+    parser.add_argument("--step-size", type=number(float, 0), default=10,
+                        help="of the gradient of f; 0: noise alone")
+    parser.add_argument("--noise-std", type=number(float, 0), default=1.0,
+                        help="of a step's noise, in units of --noise-unit")
+    parser.add_argument("--noise-unit", type=number(float, 0), default=0.005,
+                        help="noise of std 1 as a share of the pixel range; 1 drowns the image")
+    parser.add_argument("--grad-clip", type=number(float, 0), default=0.01,
+                        help="bound on each pixel's gradient; larger lets f move further")
+    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.6,
+                        help="share of the image in I_0, the rest is noise; 1: the image itself")
+    parser.add_argument("--use", choices=["auxiliary", "dataset"], default="auxiliary",
+                        help="auxiliary: new images each step, as a third view; dataset: one for "
+                             "each training image, made once and added to them, without a view")
+    parser.add_argument("--view", choices=["langevin", "augment"], default="langevin",
+                        help="augment: one more ordinary view instead, a control without an EBM")
+    parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
+                        help="of the softmax; smaller weighs the hardest negatives more")
+    return parse_flags(parser)
+
+
+def main():
+    args = parse()
+    run = Run(args)
+    images, _ = load_split(args, "train")
+    images = images.to(args.device)
+    f = get_ebm(images, args) if args.coeff > 0 and args.view == "langevin" else None
+    if f is not None:
+        run.save_chain(f, images[:16])
+    if f is not None and args.use == "dataset":
+        images = torch.cat([images, run.generated(f, images)])
+    torch.manual_seed(args.seed)
+    method = SimCLR(args, f).to(args.device)
+    model = distribute(method)
+    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
+                                 lr=args.lr, weight_decay=1e-6)
+    steps = args.epochs * (len(images) // args.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lr_factor(args.schedule, steps, args.epochs))
+
+    for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
+        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+            with autocast(args):
+                loss, terms = model(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            run.log(loss=loss, **terms)
+    run.evaluate(method.encoder)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,92 @@
+"""Two gloo ranks against one: the same loss and the same gradient, to 1e-5."""
+import pytest
+import torch
+import torch.distributed as dist
+
+import byol_disc
+import byol_langevin
+import common
+import simclr_disc
+import simclr_langevin
+from common import draw_shapes, nt_xent
+from test_methods import make
+
+SCRIPTS = [simclr_disc, byol_disc, simclr_langevin, byol_langevin]
+
+
+def flattened_gradient(module):
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def contrast(x):
+    """nt_xent alone, on two linear views of x (B, 8)."""
+    torch.manual_seed(0)
+    linear = common.distribute(torch.nn.Linear(8, 6))
+    z = linear(x)
+    loss = nt_xent(z, z.flip(1) + z.square())
+    loss.backward()
+    return loss.detach(), flattened_gradient(linear)
+
+
+def step(script, x):
+    """A whole step of a method, its views and generated images a fixed function of x."""
+    queue = [lambda x: x / 255, lambda x: x.flip(3) / 255, lambda x: 1 - x / 255]
+    script.augment = lambda x: queue.pop(0)(x)
+    script.generate = lambda f, x, args: x
+    method = make(script).eval()
+    loss, _ = common.distribute(method)(x)
+    loss.backward()
+    return loss.detach(), flattened_gradient(method)
+
+
+def everything():
+    """[(loss, gradient)] of this rank's share of the batches."""
+    torch.manual_seed(1)
+    x, images = torch.randn(12, 8), draw_shapes(8, seed=3)[0]
+    share = slice(common.rank(), None, common.world_size())
+    return [contrast(x[share]), *(step(script, images[share]) for script in SCRIPTS)]
+
+
+def work(rank, folder, cut):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if cut:
+        def gather_without_gradient(x):
+            parts = [torch.empty_like(x) for _ in range(2)]
+            dist.all_gather(parts, x.detach())
+            parts[rank] = x
+            return torch.cat(parts)
+        common.gather = gather_without_gradient
+    results = everything()
+    for loss, _ in results:
+        dist.all_reduce(loss)
+    if rank == 0:
+        torch.save([(loss / 2, gradient) for loss, gradient in results], f"{folder}/results")
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder, cut=False):
+    torch.multiprocessing.spawn(work, (str(folder), cut), nprocs=2)
+    return torch.load(folder / "results")
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    for script in SCRIPTS:                              # `step` replaces these for good
+        monkeypatch.setattr(script, "augment", None)
+        monkeypatch.setattr(script, "generate", None, raising=False)
+    return everything()
+
+
+def test_two_ranks_equal_one(one_rank, tmp_path):
+    for (loss, gradient), (loss_2, gradient_2) in zip(one_rank, on_two_ranks(tmp_path)):
+        assert gradient.abs().max() > 1e-3
+        assert torch.allclose(loss, loss_2, atol=1e-5)
+        assert torch.allclose(gradient, gradient_2, atol=1e-5)
+
+
+def test_a_gather_without_gradient_is_noticed(one_rank, tmp_path):
+    cut = on_two_ranks(tmp_path, cut=True)
+    same = [torch.allclose(a, b, atol=1e-5) for (_, a), (_, b) in zip(one_rank, cut)]
+    assert same == [False, False, True, False, True]    # BYOL has no negatives to gather
+    assert all(torch.allclose(a, b, atol=1e-5) for (a, _), (b, _) in zip(one_rank, cut))

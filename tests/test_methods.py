@@ -1,0 +1,159 @@
+"""The four methods against their equations, written again with a separate pass for each view."""
+from contextlib import nullcontext
+from copy import deepcopy
+from itertools import combinations
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import byol_disc
+import byol_langevin
+import simclr_disc
+import simclr_langevin
+from common import Discriminator, draw_shapes, nt_xent
+
+SCRIPTS = [simclr_langevin, byol_langevin, simclr_disc, byol_disc]
+FLAGS = dict(width=4, emb=8, layers="last", temperature=0.5, use="auxiliary", alpha=0.6, steps=2,
+             step_size=10, noise_std=1.0, noise_unit=0.005, grad_clip=0.01)
+
+
+def make(script, **flags):
+    """The script's method with a third view of weight 0.5, and random target weights."""
+    torch.manual_seed(0)
+    args = SimpleNamespace(**{**FLAGS, "coeff": 0.5, **flags})
+    f = Discriminator(4).requires_grad_(False)
+    torch.manual_seed(0)
+    return (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f)
+
+
+def targets(method):
+    return [p for name, p in method.named_parameters() if name.startswith("target")]
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """Three known views, which `augment` hands out in turn; `generate` makes nothing of its own."""
+    views = [draw_shapes(16, seed=s)[0] / 255 for s in (3, 4, 5)]
+    for script in SCRIPTS:
+        queue = list(views)
+        monkeypatch.setattr(script, "augment", lambda x, queue=queue: queue.pop(0))
+        monkeypatch.setattr(script, "generate", lambda *_: None, raising=False)
+    return views
+
+
+def distance(a, b):
+    return (F.normalize(a) - F.normalize(b)).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_loss_equals_the_equations(script, layers, views):
+    method = make(script, layers=layers).eval()         # so that BatchNorm lets passes be separate
+    torch.manual_seed(1)
+    for p in targets(method):
+        p.add_(0.05 * torch.randn_like(p))              # a target unlike the online network
+    loss, terms = method(None)
+
+    z = [method.projector(method.encoder(v)) for v in views]
+    if hasattr(method, "view_projector"):
+        h3 = method.discriminator.features(views[2], layers)
+        z[2] = method.view_projector(h3)
+    if targets(method):
+        t = [method.target_projector(method.target_encoder(v)) for v in views]
+        if hasattr(method, "view_projector"):
+            t[2] = method.target_view_projector(h3)
+        p = [method.predictor(view) for view in z]
+
+    def pair(a, b):
+        if targets(method):
+            return distance(p[a], t[b]) + distance(p[b], t[a])
+        return nt_xent(z[a], z[b], 0.5)
+
+    pairs = {f"pair{a + 1}{b + 1}": pair(a, b).item() for a, b in combinations(range(3), 2)}
+    for name, value in pairs.items():
+        assert terms[name].item() == pytest.approx(value, abs=2e-5)
+    expected = pairs["pair12"] + 0.5 * (pairs["pair13"] + pairs["pair23"]) / 2
+    assert loss.item() == pytest.approx(expected, abs=2e-5)
+    assert len({round(value, 3) for value in pairs.values()}) == 3      # no pair is another's
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_flows_to_the_online_networks_alone(script, views):
+    method = make(script)
+    method(None)[0].backward()
+    frozen = {"discriminator", "f", "target_encoder", "target_projector", "target_view_projector"}
+    for name, module in method.named_children():
+        gradients = [p.grad for p in module.parameters()]
+        if name in frozen:
+            assert all(gradient is None for gradient in gradients), name
+        else:
+            assert sum(gradient.abs().sum() for gradient in gradients) > 0, name
+
+
+def test_the_views_projector_learns_through_its_prediction_alone(views, monkeypatch):
+    method, losses = make(byol_disc), []
+    monkeypatch.setattr(byol_disc, "byol_loss",
+                        lambda p, t: losses.append((p, t)) or distance(p, t.detach()))
+    method(None)
+    of_view = [torch.autograd.grad(p.sum(), method.view_projector[3].weight, retain_graph=True,
+                                   allow_unused=True)[0] is not None for p, _ in losses]
+    assert of_view == [False, False, False, True, False, True]          # p3 with t1, and with t2
+    assert not any(t.requires_grad for _, t in losses)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_leaves_f_and_moves_the_rest(script):
+    method = make(script)
+    before = deepcopy(method.state_dict())
+    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad), 1e-2)
+    method(draw_shapes(16, seed=3)[0])[0].backward()
+    optimizer.step()
+    if targets(method):
+        method.move_target(0.9)
+    still = {name for name, _ in method.named_children()} - {
+        name.split(".")[0] for name, p in method.named_parameters()
+        if not torch.equal(p, before[name])}
+    assert still == {"f" if hasattr(method, "f") else "discriminator"}
+
+
+@pytest.mark.parametrize("script", [simclr_langevin, byol_langevin])
+def test_a_generated_view_leaves_the_running_statistics_alone(script, monkeypatch):
+    x = draw_shapes(16, seed=3)[0]
+
+    def buffers(**flags):
+        method = make(script, **flags)
+        torch.manual_seed(2)
+        method(x)
+        return torch.cat([b.flatten().float() for _, b in method.encoder.named_buffers()])
+
+    plain = buffers(coeff=0)
+    assert torch.equal(buffers(), plain)
+    monkeypatch.setattr(script, "batch_statistics", lambda _: nullcontext())
+    assert not torch.equal(buffers(), plain)
+
+
+@pytest.mark.parametrize("pair", [(simclr_disc, simclr_langevin), (byol_disc, byol_langevin)])
+def test_coeff_0_is_one_baseline_without_a_third_view(pair):
+    x, losses = draw_shapes(16, seed=3)[0], []
+    for script in pair:
+        method = make(script, coeff=0)
+        torch.manual_seed(2)
+        loss, terms = method(x)
+        assert torch.equal(loss, terms["pair12"]) and set(terms) == {"pair12", "z_std"}
+        losses.append(loss.item())
+        with_view = dict(make(script).named_parameters())               # it starts alike
+        assert all(torch.equal(p, with_view[name]) for name, p in method.named_parameters())
+    assert losses[0] == losses[1]
+    assert make(pair[1], use="dataset").coeff == 0                      # nor has it a third view
+
+
+def test_view_augment_is_one_more_ordinary_view(monkeypatch):
+    method, seen = make(simclr_langevin), []
+    method.f = None
+    monkeypatch.setattr(simclr_langevin, "augment",
+                        lambda x: seen.append(x) or torch.rand(16, 3, 32, 32))
+    x = draw_shapes(16, seed=3)[0]
+    method(x)
+    assert len(seen) == 3 and all(view is x for view in seen)

@@ -1,0 +1,104 @@
+"""A run as a user types it: to the end, killed and resumed, repeated, and with a flag changed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
+        "--epochs", "5", "--ebm-iters", "2", "--precision", "fp32", "--run-dir", "run",
+        "--ebm", "ebm.pt"]
+
+
+def start(script, directory, *flags):
+    return subprocess.Popen([sys.executable, ROOT / script, *TINY, *flags], cwd=directory,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*args):
+    process = start(*args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def weights(directory):
+    return torch.load(directory / "run" / "checkpoint.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, *finish("byol_disc.py", directory)
+
+
+def test_a_run_leaves_what_the_design_says(whole):
+    directory, status, out, err = whole
+    assert status == 0, err
+    run = directory / "run"
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
+    header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert header["argv"][0].endswith("byol_disc.py") and header["torch"] == torch.__version__
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
+    assert rows[0]["loss"] == pytest.approx(
+        rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
+    result = json.loads((run / "eval.json").read_text())
+    metrics = {"linear", "knn5", "knn_cosine"}
+    assert set(result) == metrics | {"split", "untrained"} and set(result["untrained"]) == metrics
+    assert out.count("epoch ") == 5 and "trained   encoder" in out
+
+
+def test_a_finished_run_says_so_and_stops(whole):
+    directory = whole[0]
+    before = (directory / "run" / "log.jsonl").read_bytes()
+    status, out, _ = finish("byol_disc.py", directory)
+    assert status == 0 and "is finished" in out
+    assert (directory / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_other_flags_are_refused(whole):
+    status, _, err = finish("byol_disc.py", whole[0], "--coeff", "0.2")
+    assert status == 2 and err == ("error: run: made with --coeff 0.1, not 0.2; use the same "
+                                   "flags, or another --run-dir or --ebm\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path, signum):
+    (tmp_path / "ebm.pt").write_bytes((whole[0] / "ebm.pt").read_bytes())
+    process, log = start("byol_disc.py", tmp_path), tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
+        time.sleep(0.002)
+    os.kill(process.pid, signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if signum == signal.SIGTERM else -9)
+    if signum == signal.SIGTERM:
+        assert err.strip() == "stopped: the same command goes on from the last checkpoint"
+    interrupted = weights(tmp_path)
+    status, out, err = finish("byol_disc.py", tmp_path)
+    assert status == 0, err
+    assert "epoch 1/5" not in out
+    expected, resumed = weights(whole[0]), weights(tmp_path)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert not all(torch.equal(expected[name], interrupted[name]) for name in expected)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row.get("epoch") for row in rows] == [None, 1, 2, 3, 4, 5]
+
+
+def test_table_of_runs_and_ebm(whole):
+    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.jsonl", "--untrained"]
+    table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
+    assert table.returncode == 0, table.stderr
+    result = json.loads((whole[0] / "run" / "eval.json").read_text())
+    lines = table.stdout.splitlines()
+    for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
+        cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]
+        assert " | ".join([*cells, "1 |"]) in line
+    assert sum(line.startswith("| ebm ") for line in lines) == 2

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -134,7 +133,7 @@ def load_images(dataset, data_dir, split):
     unlabelled part). Raises UserError where the data cannot be had or read.
     """
     if dataset == "synthetic":
-        return draw_shapes(10000, seed=0) if split == "train" else draw_shapes(2000, seed=1)
+        return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
     try:
@@ -973,9 +972,24 @@ def barrier():
         dist.barrier()
 
 
+class Gather(torch.autograd.Function):
+    """All ranks' x (B, ...), concatenated in their order; backward sums what the ranks send back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
 def gather(x):
-    """Every rank's x (B, ...), concatenated in their order; the gradient finds its way back."""
-    return torch.cat(dist.nn.functional.all_gather(x)) if world_size() > 1 else x
+    return Gather.apply(x) if world_size() > 1 else x
 
 
 def distribute(method):

@@ -34,7 +34,8 @@ def step(script, x):
     script.augment = lambda x: queue.pop(0)(x)
     script.generate = lambda f, x, args: x
     method = make(script).eval()
-    loss, _ = common.distribute(method)(x)
+    model = common.distribute(method)                   # it averages as long as it lives
+    loss, _ = model(x)
     loss.backward()
     return loss.detach(), flattened_gradient(method)
 

@@ -78,6 +78,7 @@ def test_file_log_and_picture(tmp_path, capsys):
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "BLOCK", 2)
+    monkeypatch.setattr(common, "evaluate", lambda *_: None)
     args = flags(tmp_path, "--ebm-iters", "6")
     images, _ = common.load_split(args, "train")
     whole = train_ebm(images, args)

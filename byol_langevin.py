@@ -98,12 +98,12 @@ def main():
         run.save_chain(f, images[:16])
     if f is not None and args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
+    steps = run.steps(images)
     torch.manual_seed(args.seed)
     method = BYOL(args, f).to(args.device)
     model = distribute(method)
     optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    steps = args.epochs * (len(images) // args.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(args.schedule, steps, args.epochs))
 

@@ -75,9 +75,9 @@ def make_parser(doc):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the networks; auto: bf16 where the device computes in it natively")
-    add("--run-dir", help="directory of the run (default: runs/<script>-<flags that differ>)")
+    add("--run-dir", help="where the run is kept; %(default)s: runs/<script>-<flags that differ>")
     add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
-    add("--ebm", help="file of the EBM, made if missing (default: runs/ebm-<what made it>.pt)")
+    add("--ebm", help="file of the EBM, made if missing; %(default)s: runs/ebm-<what made it>.pt")
     add("--ebm-iters", type=number(int, 0), default=20000,
         help="training iterations of the EBM; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade"], default="ade",
@@ -644,7 +644,6 @@ def load_ebm(path, device):
     return d.to(device).requires_grad_(False)
 
 
-
 # --- Runs: a directory with config.json, log.jsonl, checkpoint.pt and eval.json --------------
 
 
@@ -663,6 +662,13 @@ class Run:
         if args.batch_size % world_size():
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
         show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
+
+    def steps(self, images):
+        """Optimiser steps of the whole run: each epoch drops what does not fill a batch."""
+        if len(images) < self.args.batch_size:
+            raise UserError(f"--batch-size {self.args.batch_size}: more than the {len(images)} "
+                            "training images; use a smaller one")
+        return self.args.epochs * (len(images) // self.args.batch_size)
 
     def epochs(self, **state):
         """Yield the epochs that are left, each with a random state of its own, and keep each one.
@@ -722,7 +728,7 @@ class Run:
         torch.manual_seed(self.args.seed)
         with autocast(self.args):
             image = mix_with_noise(x / 255, self.args.alpha)
-            rows, ends = [image], [*range(5, self.args.steps, 5), self.args.steps]
+            rows, ends = [image], sorted({*range(5, self.args.steps, 5), self.args.steps} - {0})
             for start, end in zip([0, *ends], ends):
                 image = langevin(f, image, end - start, **sampler(self.args))
                 rows.append(image)
@@ -771,8 +777,8 @@ class Run:
 
 
 def seed_of(*numbers):
-    """One seed of several numbers, such as (seed, epoch, rank), that no other numbers share."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """One seed of several numbers, such as (seed, epoch, rank), unlike those of other numbers."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
 def mean_of(rows, ranks=1):

@@ -90,7 +90,8 @@ def main():
     parser.add_argument("--untrained", action="store_true",
                         help="a line for the untrained encoder too")
     parser.add_argument("--data-dir", help="where the images are now (default: where they were)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="torch device (default: %(default)s)")
     args = parser.parse_args()
     set_up(args)
     rows = []

@@ -64,13 +64,13 @@ def main():
     run = Run(args)
     images, _ = load_split(args, "train")
     images = images.to(args.device)
+    steps = run.steps(images)
     discriminator = get_ebm(images, args) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
     method = SimCLR(args, discriminator).to(args.device)
     model = distribute(method)
     optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    steps = args.epochs * (len(images) // args.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(args.schedule, steps, args.epochs))
 

@@ -86,8 +86,7 @@ def main():
     model = distribute(method)
     optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lr_factor(args.schedule, steps, args.epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, steps))
 
     for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8

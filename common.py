@@ -38,6 +38,10 @@ class UserError(Exception):
     """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
 
 
+class NoSplit(UserError):
+    """The data set has no such split."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -54,7 +58,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def make_parser(doc):
+def make_parser(doc, training=True):
     """A parser with the flags that all scripts share; `doc` is the script's docstring."""
     parser = Parser(description=doc.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -64,25 +68,27 @@ def make_parser(doc):
     add("--data-dir", default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0, help="training images to use; 0: all")
-    add("--width", type=number(int, 1), default=64, help="channels of every network's first layer")
-    add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
-    add("--batch-size", type=number(int, 2), default=256, help="images a step, over all devices")
-    add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
-    add("--schedule", choices=["step", "cosine"], default="step",
-        help="step: times 0.2 at 95%% and 97.5%% of the epochs; cosine: down to 0")
-    add("--emb", type=number(int, 1), default=64, help="dimension of the embedding z")
+    add("--width", type=number(int, 1), default=64, help="of all networks: their first channels")
     add("--seed", type=number(int, 0), default=0, help="of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the networks; auto: bf16 where the device computes in it natively")
-    add("--run-dir", help="where the run is kept; %(default)s: runs/<script>-<flags that differ>")
-    add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
-    add("--ebm", help="file of the EBM, made if missing; %(default)s: runs/ebm-<what made it>.pt")
+    add("--ebm", default="", help="file of the EBM, made if missing; empty: in runs/, by its flags")
     add("--ebm-iters", type=number(int, 0), default=20000,
         help="training iterations of the EBM; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade"], default="ade",
         help="where f's negatives come from; ade: a generator, refined by Langevin steps")
     add("--smoke", action="store_true", help="preset of the other flags: two minutes on a CPU")
+    if not training:
+        return parser
+    add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
+    add("--batch-size", type=number(int, 2), default=256, help="images a step, over all devices")
+    add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
+    add("--schedule", choices=["step", "cosine"], default="step",
+        help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
+    add("--emb", type=number(int, 1), default=64, help="dimension of the embedding z")
+    add("--run-dir", default="", help="where the run is kept; empty: in runs/, by its flags")
+    add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
     return parser
 
 
@@ -103,7 +109,8 @@ def parse_flags(parser, argv=None):
     args.script = Path(parser.prog).stem
     data = args.dataset if args.dataset != "folder" else Path(args.data_dir).stem
     data += f"-{args.subset}" if args.subset else ""
-    args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
+    if "run_dir" in args:
+        args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
     args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-"
                             f"{args.ebm_iters}.pt")
     return args
@@ -157,7 +164,7 @@ def read_folder(root, split):
     if not (root / "train").is_dir():
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
     if not (root / split).is_dir():
-        raise UserError(f"--data-dir {root}: has no {split}/<class>/* to evaluate on")
+        raise NoSplit(f"--data-dir {root}: has no {split}/<class>/* to evaluate on")
     classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
     files = [(path, label) for label, name in enumerate(classes)
              for path in sorted((root / split / name).glob("*")) if not path.name.startswith(".")]
@@ -491,14 +498,14 @@ def batch_statistics(module):
 # --- Optimisation ----------------------------------------------------------------------------
 
 
-def lr_factor(schedule, steps, epochs):
-    """step -> factor of the learning rate, for a run of `steps` steps in `epochs` epochs.
+def lr_factor(schedule, steps):
+    """step -> factor of the learning rate, for a run of `steps` steps.
 
     Linear warm-up over 500 steps, at most a tenth of the run. Then "step": times 0.2 after 95 % and
-    97.5 % of the epochs; or "cosine": down to 0 at the end.
+    97.5 % of the run; or "cosine": down to 0 at the end.
     """
     warmup = min(500, steps // 10)
-    drops = [round(share * epochs) * steps // epochs for share in (0.95, 0.975)]
+    drops = [round(share * steps) for share in (0.95, 0.975)]
 
     def factor(step):
         if step < warmup:
@@ -581,7 +588,8 @@ def train_ebm(images, args):
     adam = [torch.optim.Adam(network.parameters(), lr, betas=(0.0, 0.999))
             for network, lr in zip([d, g], EBM_LR)]
     state = {"d": d, "g": g, "optimizer_d": adam[0], "optimizer_g": adam[1]}
-    first = restore(checkpoint, config, state)
+    in_progress = {**config, "seed": args.seed, "precision": args.precision}
+    first = restore(checkpoint, in_progress, state)
     start_log(log, "iteration", first)
     images, began = images.to(args.device), time.time()
     for start in range(first, args.ebm_iters, BLOCK):
@@ -595,13 +603,15 @@ def train_ebm(images, args):
         if not abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4:
             raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
                             f"{row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
-                            f"{row['penalty']:.3g}; try another --seed or --precision fp32")
+                            f"{row['penalty']:.3g}; {checkpoint} holds iteration {start}, remove "
+                            "it to try another --seed or --precision")
         append(log, {"iteration": end, **row})
-        save(checkpoint, config, end, state)
+        save(checkpoint, in_progress, end, state)
         left = (time.time() - began) / (end - first) * (args.ebm_iters - end)
+        last = end % (5 * BLOCK) == 0 or end == args.ebm_iters
         show(f"EBM {end}/{args.ebm_iters}  f(real) {row['f_real']:.2f}  f(sample) "
              f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
-             f"sample std {row['sample_std']:.2f}  {duration(left)} left", end % (5 * BLOCK) == 0)
+             f"sample std {row['sample_std']:.2f}  {duration(left)} left", last)
     with torch.no_grad():
         x_g = g.eval()(torch.randn(32, g.z_dim, device=images.device))
     x_s = langevin(d, x_g, steps=5, **SAMPLER)
@@ -612,7 +622,7 @@ def train_ebm(images, args):
             if result:
                 show(f"linear probe of the {name} discriminator's features, {layers:4} "
                      f"{result['linear']:.2f} %")
-    save(path, config, args.ebm_iters, {"d": d, "g": g})
+    save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, {"d": d, "g": g})
     checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
 
@@ -629,9 +639,8 @@ def get_ebm(images, args):
     if rank() == 0 and not Path(args.ebm).exists():
         train_ebm(images, args)
     barrier()
-    f = load_ebm(args.ebm, args.device)
     same_config(args.ebm, load(args.ebm)["config"], ebm_config(images, args))
-    return f
+    return load_ebm(args.ebm, args.device)
 
 
 def load_ebm(path, device):
@@ -685,12 +694,12 @@ class Run:
         for self.epoch in range(first + 1, args.epochs + 1):
             torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
             self.rows, self.began = [], time.time()
+            lr = state["optimizer"].param_groups[0]["lr"]
             yield self.epoch
-            row = {"epoch": self.epoch, **mean_of(self.rows, world_size())}
-            row |= {"lr": state["optimizer"].param_groups[0]["lr"], "images_per_s": self.speed()}
+            row = {"epoch": self.epoch, **mean_of(self.rows, world_size()), "lr": lr,
+                   "images_per_s": self.speed()}
             if not all(map(math.isfinite, row.values())):
-                raise UserError(f"--lr {args.lr}: a term is not finite in this epoch, {row}; a "
-                                f"smaller one may help, {self.path} holds the epoch before")
+                self.stop_not_finite(lr)
             if rank() == 0:
                 if args.eval_every and self.epoch % args.eval_every == 0:
                     row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
@@ -705,17 +714,26 @@ class Run:
         size, shuffled = self.args.batch_size, torch.Generator()
         shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
-        per_epoch = len(images) // size
+        per_epoch, shown = len(images) // size, time.time()
         for i, batch in enumerate(order.split(size)[:per_epoch], 1):
             self.step = (self.epoch - 1) * per_epoch + i                  # steps, this one included
             yield images[batch.chunk(world_size())[rank()]]
-            if sys.stdout.isatty() and rank() == 0:
+            if sys.stdout.isatty() and time.time() > shown + 1:
+                shown = time.time()
                 show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
                      f"{self.speed():.0f} images/s", last=False)
 
     def log(self, **terms):
         """Note a step's loss and terms, scalars; the epoch's line has their means."""
         self.rows.append({name: value.detach() for name, value in terms.items()})
+
+    def stop_not_finite(self, lr):
+        for step, row in enumerate(self.rows, 1):
+            row = {name: value.item() for name, value in row.items()}
+            if not all(map(math.isfinite, row.values())):
+                raise UserError(f"--lr {self.args.lr}: not finite at step {step} of epoch "
+                                f"{self.epoch}, lr {lr:.2g}, {row}; {self.path} holds the epoch "
+                                "before; try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
         """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
@@ -756,7 +774,7 @@ class Run:
                 show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
             write(path, torch.cat(made).cpu())
         barrier()
-        return load(path).to(images.device)
+        return torch.load(path, map_location=images.device, weights_only=True)
 
     def speed(self):
         return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
@@ -795,14 +813,18 @@ def save(path, config, done, state):
 
 def write(path, content):
     """torch.save beside `path`, then rename, so that the file is always a whole one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.new")
     torch.save(content, beside)
     os.replace(beside, path)
 
 
 def load(path):
+    """The checkpoint or EBM in the file `path`; UserError where it is neither."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: there is no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {"config": saved["config"], **saved}
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not a whole file of ours ({reason}); remove it") from None
@@ -821,6 +843,8 @@ def restore(path, config, state):
 
 def same_config(path, saved, wanted):
     for flag, value in wanted.items():
+        if flag == "images" and saved.get(flag) != value:
+            raise UserError(f"{path}: trained on other images; name another --ebm")
         if saved.get(flag) != value:
             raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
                             f"{value}; use the same flags, or another --run-dir or --ebm")
@@ -829,18 +853,25 @@ def same_config(path, saved, wanted):
 def start_log(path, counter, done):
     """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
     if path.exists():
-        lines = path.read_text().splitlines(True)
-        path.write_text("".join(x for x in lines if json.loads(x).get(counter, 0) <= done))
-    else:
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
-        append(path, {"argv": sys.argv, "python": sys.version.split()[0],
-                      "torch": torch.__version__, "torchvision": torchvision.__version__,
-                      "commit": git.stdout.strip() or None})
+        lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
+        return rewrite(path, "".join(x for x in lines if json.loads(x).get(counter, 0) <= done))
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                                capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
+                  "torchvision": torchvision.__version__, "commit": commit})
 
 
 def save_json(path, row):
-    path.write_text(json.dumps(row, indent=1) + "\n")
+    rewrite(path, json.dumps(row, indent=1) + "\n")
+
+
+def rewrite(path, text):
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def append(path, row):
@@ -936,7 +967,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     else:
         try:
             test = load_split(args, "test")
-        except UserError as error:
+        except NoSplit as error:
             show(f"not evaluated: {error}")
             return None
     data = []
@@ -979,7 +1010,7 @@ def barrier():
 
 
 class Gather(torch.autograd.Function):
-    """All ranks' x (B, ...), concatenated in their order; backward sums what the ranks send back."""
+    """All ranks' x (B, ...), concatenated in their order; backward sums over the ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1021,7 +1052,7 @@ def autocast(args):
 
 
 def main():
-    args = parse_flags(make_parser(__doc__))
+    args = parse_flags(make_parser(__doc__, training=False))
     set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")

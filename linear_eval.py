@@ -2,7 +2,7 @@
 
     python linear_eval.py runs/*                        # every finished or half-finished run
     python linear_eval.py runs/byol_* --untrained       # and the floor, an untrained encoder
-    python linear_eval.py runs/ebm-*.pt --data-dir DIR  # the features of an EBM's discriminator
+    python linear_eval.py runs/ebm-*.pt                 # the features of an EBM's discriminator
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of the images that the run trained on. Runs that differ in their seed
@@ -21,6 +21,8 @@ from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, evaluate, laun
 
 def evaluate_run(path, flags):
     """A run's config and accuracies: from its eval.json where that has them, else computed."""
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: its config.json is missing")
     config = json.loads((path / "config.json").read_text())
     args = argparse.Namespace(**{**config, "device": flags.device})
     args.data_dir = flags.data_dir or args.data_dir
@@ -34,6 +36,8 @@ def evaluate_run(path, flags):
                              in saved["model"].items() if name.startswith("encoder.")})
     result = evaluate(encoder.to(args.device), args, split=flags.split)
     torch.manual_seed(args.seed)
+    if result is None:
+        return config, None
     result["untrained"] = evaluate(Encoder(args.width).to(args.device), args, split=flags.split)
     if saved["done"] == args.epochs and flags.split == "test":
         save_json(done, {**result, "split": "test"})
@@ -42,22 +46,21 @@ def evaluate_run(path, flags):
 
 def evaluate_ebm(path, flags):
     """Config and accuracies of an EBM's discriminator, for its last stage and for all of them."""
-    config = load(path)["config"]
-    args = argparse.Namespace(**config, data_dir=flags.data_dir or "data", device=flags.device,
-                              precision="auto")
-    network = load_ebm(path, flags.device)
+    network, config = load_ebm(path, flags.device), load(path)["config"]
+    args = argparse.Namespace(**{**config, "device": flags.device, "precision": "auto"})
+    args.data_dir = flags.data_dir or args.data_dir
     for layers in ["last", "all"]:
         show(f"evaluating {path}, {layers}", last=False)
         result = evaluate(network, args, lambda x: network.features(x, layers), split=flags.split)
         yield {"script": path.stem, "layers": layers}, result
 
 
-def table(rows, untrained):
+def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds."""
     configs = [config for config, _ in rows]
     flags = dict.fromkeys(flag for config in configs for flag in config)       # in their order
-    shared = {flag: configs[0].get(flag) for flag in flags
-              if all(config.get(flag) == configs[0].get(flag) for config in configs)}
+    values = {flag: [config[flag] for config in configs if flag in config] for flag in flags}
+    shared = {flag: v[0] for flag, v in values.items() if all(value == v[0] for value in v)}
     settings = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
@@ -78,7 +81,7 @@ def table(rows, untrained):
         if untrained and "untrained" in results[0]:
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
     caption = ", ".join(f"{flag}={value}" for flag, value in shared.items() if flag != "seed")
-    return "\n".join([*lines, "", f"Accuracy, %, of all these: {caption}"])
+    return "\n".join([*lines, "", f"Accuracy in %, {split} split. All: {caption}"])
 
 
 def main():
@@ -100,10 +103,10 @@ def main():
             rows += evaluate_ebm(path, args)
         elif (path / "checkpoint.pt").exists():
             rows.append(evaluate_run(path, args))
-        elif not path.is_file():                    # logs and pictures lie beside an EBM
+        elif path.suffix not in {".jsonl", ".png", ".partial"}:        # they lie beside an EBM
             raise UserError(f"{path}: not a run (it has no checkpoint.pt) and not an EBM (.pt)")
     show("", last=False)
-    print(table(rows, args.untrained))
+    print(table([row for row in rows if row[1]], args.untrained, args.split))
 
 
 if __name__ == "__main__":

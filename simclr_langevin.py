@@ -7,7 +7,7 @@
     pair(a, b) = nt_xent(z_a, z_b)                                 the normalised softmax    (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
-    python simclr_langevin.py --smoke       # all of it on drawn shapes, two minutes on a CPU
+    python simclr_langevin.py --smoke       # all of it on drawn shapes, on a CPU
     python simclr_langevin.py --coeff 0.01  # the deck: 87.82 % after 1000 epochs
     python simclr_langevin.py --coeff 0     # its baseline: 91.81 %
     python simclr_langevin.py --use dataset # the generated images as more training images
@@ -80,19 +80,19 @@ def main():
     run = Run(args)
     images, _ = load_split(args, "train")
     images = images.to(args.device)
+    steps = run.steps(images)
     f = get_ebm(images, args) if args.coeff > 0 and args.view == "langevin" else None
     if f is not None:
         run.save_chain(f, images[:16])
     if f is not None and args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
-    steps = run.steps(images)
+        steps = run.steps(images)
     torch.manual_seed(args.seed)
     method = SimCLR(args, f).to(args.device)
     model = distribute(method)
     optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lr_factor(args.schedule, steps, args.epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, steps))
 
     for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8

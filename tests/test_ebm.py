@@ -18,7 +18,9 @@ def flags(tmp_path, *more):
 
 def test_discriminator_step_equals_its_formula(monkeypatch):
     x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
-    monkeypatch.setattr(common, "langevin", lambda *_, **__: negatives)
+    starts = []
+    monkeypatch.setattr(common, "langevin",
+                        lambda f, x, **flags: starts.append((x, flags)) or negatives)
     d, g = Discriminator(4), Generator(4)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
@@ -37,6 +39,10 @@ def test_discriminator_step_equals_its_formula(monkeypatch):
     sgd = torch.optim.SGD(d.parameters(), lr=1.0)
     before = [p.detach().clone() for p in d.parameters()]
     common.ebm_step(x, d, g, sgd, torch.optim.SGD(g.parameters(), lr=0.0))
+    (x_0, flags), = starts              # a quarter starts at noised images, the rest at G(z)
+    assert flags == dict(steps=5, step_size=10, noise_std=0.005, grad_clip=0.01)
+    assert (x_0[6:] - 0.6 * x[:2]).min() >= 0 and (x_0[6:] - 0.6 * x[:2]).max() <= 0.4
+    assert (x_0[:6] - 0.5).abs().max() < 0.2
     step = [old - new.detach() for old, new in zip(before, d.parameters())]
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, expected))
     assert not all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, halved))
@@ -67,12 +73,13 @@ def test_file_log_and_picture(tmp_path, capsys):
     assert {"f_real", "f_sample", "gap", "auc", "clamped", "sample_mean", "sample_std"} < set(row)
     assert row["gap"] == pytest.approx(row["f_real"] - row["f_sample"], abs=1e-5)
     assert 0 <= row["auc"] <= 1 and 0 <= row["clamped"] <= 1
-    assert Image.open(tmp_path / "ebm.png").size == (16 * 34 + 2, 6 * 34 + 2)
+    with Image.open(tmp_path / "ebm.png") as picture:
+        assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
     assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
     with pytest.raises(UserError, match="--width 4, not 8"):
         get_ebm(images, flags(tmp_path, "--width", "8"))
-    with pytest.raises(UserError, match="--images"):
+    with pytest.raises(UserError, match="other images"):
         get_ebm(images[1:], args)
 
 
@@ -92,6 +99,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
     rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
     assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
+    (tmp_path / "ebm.pt").unlink()
     other = train_ebm(images, flags(tmp_path, "--ebm-iters", "6", "--seed", "1"))
     assert not torch.equal(other.linear.weight, whole.linear.weight)
 

@@ -1,5 +1,4 @@
 """Shapes, the encoder against torchvision's ResNet-18, the discriminator's features against f."""
-import pytest
 import torch
 import torch.nn as nn
 import torchvision

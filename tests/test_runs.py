@@ -101,4 +101,26 @@ def test_table_of_runs_and_ebm(whole):
     for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
         cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]
         assert " | ".join([*cells, "1 |"]) in line
-    assert sum(line.startswith("| ebm ") for line in lines) == 2
+    labels = [line.split(" | ")[0] for line in lines[2:6]]
+    assert labels == ["| byol_disc layers=last", "| byol_disc layers=last, untrained encoder",
+                      "| ebm layers=last", "| ebm layers=all"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--alpha", "0.5"], "unrecognized arguments: --alpha"), (["--coeff", "-1"], "--coeff"),
+    (["--lr", "nan"], "--lr"), (["--device", "nowhere"], "--device nowhere"),
+    (["--batch-size", "500"], "--batch-size 500"), (["--dataset", "folder"], "--data-dir data")])
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, flags, message):
+    status, out, err = finish("byol_disc.py", tmp_path, *flags)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_ours_is_refused(whole, tmp_path):
+    whole_file = (whole[0] / "ebm.pt").read_bytes()
+    torch.save({"d": 1}, tmp_path / "foreign.pt")
+    for content in (b"", whole_file[:5000], (tmp_path / "foreign.pt").read_bytes()):
+        (tmp_path / "ebm.pt").write_bytes(content)
+        status, _, err = finish("byol_disc.py", tmp_path)
+        assert status == 2 and err.startswith("error: ebm.pt: not a whole file of ours")
+        assert (tmp_path / "ebm.pt").read_bytes() == content

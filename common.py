@@ -758,9 +758,10 @@ class Run:
         save_image(torch.cat([x / 255, *rows]), self.path / "langevin.png", nrow=len(x))
         start_log(log, "epoch", 0)
         append(log, {"chain": chain})
-        show(f"noise std {sampler(self.args)['noise_std']:g} of the pixel range; chain: f(x) "
-             f"{energies[0]:.2f}" + "".join(f", f(I_{step}) {value:.2f} at {psnr:.1f} dB" for
-                                            step, value, psnr in zip(*list(chain.values())[:3])))
+        f_0, f_end, psnr_0, psnr_end = (chain[k][i] for k in ("f", "psnr") for i in (0, -1))
+        show(f"Langevin: noise std {sampler(self.args)['noise_std']:g} of the pixel range; "
+             f"f(x) {chain['f_of_x']:.2f}; I_0: f {f_0:.2f}, {psnr_0:.1f} dB to x; "
+             f"I_{self.args.steps}: f {f_end:.2f}, {psnr_end:.1f} dB")
 
     def generated(self, f, images):
         """One generated image for each of images, uint8 alike; made once, kept in generated.pt."""

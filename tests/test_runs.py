@@ -1,14 +1,18 @@
 """A run as a user types it: to the end, killed and resumed, repeated, and with a flag changed."""
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from common import Discriminator, Run
 from conftest import ROOT
 
 TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
@@ -90,6 +94,24 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole, tmp_path, signum):
     assert not all(torch.equal(expected[name], interrupted[name]) for name in expected)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row.get("epoch") for row in rows] == [None, 1, 2, 3, 4, 5]
+
+
+def test_chain_of_a_langevin_run(tmp_path):
+    """I_0 has the error of its noise; steps of noise alone add theirs; the picture shows them."""
+    args = SimpleNamespace(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32", seed=0,
+                           batch_size=8, alpha=0.6, steps=12, step_size=0.0, noise_std=1.0,
+                           noise_unit=0.02, grad_clip=0.01)
+    x, f = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8), Discriminator(4)
+    Run(args).save_chain(f, x)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    chain = json.loads(lines[1])["chain"]
+    assert chain["steps"] == [0, 5, 10, 12]
+    expected = [-10 * math.log10(0.4 ** 2 / 12 + step * 0.02 ** 2) for step in chain["steps"]]
+    assert chain["psnr"] == pytest.approx(expected, abs=0.05)
+    assert chain["f_of_x"] == pytest.approx(f(x[:1] / 255).item(), abs=1e-4)
+    assert len(chain["f"]) == 4 and chain["f"][0] != pytest.approx(chain["f_of_x"], abs=1e-4)
+    with Image.open(tmp_path / "run" / "langevin.png") as picture:
+        assert picture.size == (64 * 34 + 2, 5 * 34 + 2)
 
 
 def test_table_of_runs_and_ebm(whole):

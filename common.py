@@ -78,7 +78,7 @@ def make_parser(doc, training=True):
         help="training iterations of the EBM; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade"], default="ade",
         help="where f's negatives come from; ade: a generator, refined by Langevin steps")
-    add("--smoke", action="store_true", help="preset of the other flags: two minutes on a CPU")
+    add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
     if not training:
         return parser
     add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")

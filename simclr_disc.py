@@ -6,7 +6,7 @@
     pair(a, b) = nt_xent(z_a, z_b)                                 the normalised softmax    (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
-    python simclr_disc.py --smoke           # all of it on drawn shapes, two minutes on a CPU
+    python simclr_disc.py --smoke           # all of it on drawn shapes, on a CPU
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %
 """

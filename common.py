@@ -6,6 +6,7 @@ runs, evaluation, several devices. Outside a network images are in [0, 1], or ui
     python common.py --ebm-iters 4000       # train the EBM alone (a script does it if needed)
 """
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
@@ -69,15 +70,17 @@ def make_parser(doc, training=True):
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0, help="training images to use; 0: all")
     add("--width", type=number(int, 1), default=64, help="of all networks: their first channels")
-    add("--seed", type=number(int, 0), default=0, help="of weights, batches, views and samples")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the networks; auto: bf16 where the device computes in it natively")
     add("--ebm", default="", help="file of the EBM, made if missing; empty: in runs/, by its flags")
     add("--ebm-iters", type=number(int, 0), default=20000,
         help="training iterations of the EBM; 0 leaves it untrained, a control")
-    add("--ebm-objective", choices=["ade"], default="ade",
-        help="where f's negatives come from; ade: a generator, refined by Langevin steps")
+    add("--ebm-objective", choices=["ade", "cd"], default="ade",
+        help="f's negatives: ade: a generator's images after five Langevin steps; cd: long chains")
+    add("--ebm-rotation", type=number(float, 0), default=0,
+        help="weight of a rotation loss in D's training, 0.2 of it in G's; 0: none")
     add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
     if not training:
         return parser
@@ -111,8 +114,15 @@ def parse_flags(parser, argv=None):
     data += f"-{args.subset}" if args.subset else ""
     if "run_dir" in args:
         args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
-    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-"
+    turned = f"rotation={args.ebm_rotation}-" if args.ebm_rotation else ""
+    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-{turned}"
                             f"{args.ebm_iters}.pt")
+    for flag in {"run_dir", "ebm"} & vars(args).keys():
+        path = Path(getattr(args, flag))
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UserError(f"--{flag.replace('_', '-')} {path}: {parent} is not a directory to "
+                            "write in; name another")
     return args
 
 
@@ -123,6 +133,9 @@ def launch(main):
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}; nothing that was there is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
@@ -160,27 +173,50 @@ def load_images(dataset, data_dir, split):
 
 
 def read_folder(root, split):
-    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/*, classes in order of name."""
+    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/*, classes in order of name.
+
+    Hidden files are left out; so are those not named like an image, and a printed line says so.
+    """
     if not (root / "train").is_dir():
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
     if not (root / split).is_dir():
         raise NoSplit(f"--data-dir {root}: has no {split}/<class>/* to evaluate on")
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
-    files = [(path, label) for label, name in enumerate(classes)
-             for path in sorted((root / split / name).glob("*")) if not path.name.startswith(".")]
+    classes = subfolders(root / "train")
+    if more := set(subfolders(root / split)) - set(classes):
+        raise UserError(f"{root / split / min(more)}: no such class in {root / 'train'}; remove it")
+    files, others, known = [], [], Image.registered_extensions()
+    for label, name in enumerate(classes):
+        paths = [path for path in sorted((root / split / name).glob("[!.]*"))]
+        found = [path for path in paths if path.suffix.lower() in known]
+        if split == "train" and not found:
+            raise UserError(f"{root / split / name}: has no image; add some, or remove the class")
+        files += [(path, label) for path in found]
+        others += [path for path in paths if path not in found]
     if not files:
         raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
-
-    def read(path):
-        try:
-            image = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
-        return torch.from_numpy(np.array(image))
+    if others:
+        show(f"{root / split}: {len(others)} left out that are no images, {others[0]} the first")
 
     with ThreadPoolExecutor() as pool:
-        images = torch.stack(list(pool.map(read, [path for path, _ in files])))
+        images = torch.stack(list(pool.map(read_image, [path for path, _ in files])))
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+
+
+def subfolders(root):
+    return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+
+
+def read_image(path):
+    """An image file of any mode and size -> uint8 (32, 32, 3), upright, on white if transparent."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGBA")
+    except Exception as error:                            # PIL raises of many kinds on bad files
+        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
 
 
 def draw_shapes(n, seed):
@@ -528,49 +564,112 @@ def move_average(target, online, tau):
         t.lerp_(o, 1 - tau)
 
 
-# --- Energy-based model: discriminator and generator, trained on the same images -------------
+# --- Energy-based model: f, and where its negatives come from, on the same images ------------
 
 SAMPLER = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's, in pixel range 1
 EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
 BLOCK = 100                                         # iterations between log lines and checkpoints
 
 
-def ebm_step(x, d, g, optimizer_d, optimizer_g):
-    """One step of adversarial dynamics embedding on images x (B, 3, 32, 32); returns its meters.
+class Replay(nn.Module):
+    """The ends of 10,000 Langevin chains, to go on from (IGEBM, arXiv:1903.08689)."""
+
+    def __init__(self, size=10000):
+        super().__init__()
+        self.register_buffer("images", torch.rand(size, 3, 32, 32).half())
+
+
+def ebm_networks(args):
+    """{name: module or optimizer} of an EBM in training; the names are those of the steps below."""
+    d, rotation = Discriminator(args.width), nn.Linear(4 * args.width, 4)
+    other = Generator(args.width) if args.ebm_objective == "ade" else Replay()
+    for module in (d, rotation, other):
+        module.to(args.device)
+
+    def adam(lr, *modules):
+        return torch.optim.Adam((p for m in modules for p in m.parameters()), lr, betas=(0.0, 0.999))
+
+    state = {"d": d, "rotation": rotation, "optimizer_d": adam(EBM_LR[0], d, rotation)}
+    if args.ebm_objective == "ade":
+        return {**state, "g": other, "optimizer_g": adam(EBM_LR[1], other)}
+    return {**state, "replay": other}
+
+
+def ade_step(x, weight, d, rotation, optimizer_d, g, optimizer_g):
+    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
 
     x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
-    D descends softplus(-f(x)) + softplus(f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2). G climbs
-    f(x_s), its gradient passing straight through the steps, which are additive.
+    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`. G climbs
+    f(x_s), its gradient passing straight through the steps, which are additive; with a rotation
+    loss of `weight`, G descends 0.2 of it too. Returns the meters.
     """
     b = len(x)
     x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
     x_0 = torch.cat([x_g, mix_with_noise(x[:b // 4], 0.6)])                        # (B, 3, 32, 32)
     x_s = langevin(d, x_0, steps=5, **SAMPLER)
+    meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
+                                weight, d, rotation, optimizer_d)
 
+    d.requires_grad_(False)
+    x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
+    loss = -d(x_s).float().mean()
+    if weight:
+        loss = loss + 0.2 * weight * rotation_loss(d, rotation, x_s)
+    optimizer_g.zero_grad()
+    loss.backward()
+    optimizer_g.step()
+    d.requires_grad_(True)
+    return meters
+
+
+def cd_step(x, weight, d, rotation, optimizer_d, replay):
+    """One step of contrastive divergence as in IGEBM (arXiv:1903.08689) on images x (B, 3, 32, 32).
+
+    x_s: where chains of `replay` are after 15 more Langevin steps, 5 % of them begun at U(0, 1).
+    D descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 + the terms of `discriminator_step`, whose penalty
+    takes the place of IGEBM's spectral norm. Returns the meters.
+    """
+    index = torch.randint(len(replay.images), (len(x),), device=x.device)
+    x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
+    fresh = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
+    x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **SAMPLER)
+    replay.images[index] = x_s.half()
+    return discriminator_step(
+        x, x_s, lambda real, sample: sample - real + real.square() + sample.square(),
+        weight, d, rotation, optimizer_d)
+
+
+def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
+    """D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2), and `weight` times the
+    rotation loss, on images x and samples x_s (B, 3, 32, 32); returns the meters."""
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
     gradient, = torch.autograd.grad(f.sum(), both, create_graph=True)
     penalty = gradient.square().sum((1, 2, 3)).mean() * 2
     f_real, f_sample = f.chunk(2)
-    loss = (F.softplus(-f_real) + F.softplus(f_sample)).mean() + 5 * penalty
+    loss, meters = loss_of(f_real, f_sample).mean() + 5 * penalty, {}
+    if weight:
+        meters["rotation"] = rotation_loss(d, rotation, x)
+        loss = loss + weight * meters["rotation"]
     optimizer_d.zero_grad()
     loss.backward()
     optimizer_d.step()
 
-    d.requires_grad_(False)
-    loss = -d(x_g + (x_s - x_0).detach()[:len(x_g)]).float().mean()
-    optimizer_g.zero_grad()
-    loss.backward()
-    optimizer_g.step()
-    d.requires_grad_(True)
-
-    meters = {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
-              "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
-              "auc": (f_real[:, None] > f_sample).float().mean(),
-              "clamped": (gradient[b:].abs() >= SAMPLER["grad_clip"]).float().mean(),
-              "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
-              "data_std": x.std(0).mean()}
+    meters |= {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
+               "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
+               "auc": (f_real[:, None] > f_sample).float().mean(),
+               "clamped": (gradient[len(x):].abs() >= SAMPLER["grad_clip"]).float().mean(),
+               "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
+               "data_std": x.std(0).mean()}
     return {name: value.detach() for name, value in meters.items()}
+
+
+def rotation_loss(d, rotation, x):
+    """Which of four quarter turns? Cross entropy, a quarter of x turned in all ways (1811.11212)."""
+    x = x[:max(1, len(x) // 4)]
+    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
+    turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
+    return F.cross_entropy(rotation(d.features(turned)).float(), turns)
 
 
 def train_ebm(images, args):
@@ -582,12 +681,9 @@ def train_ebm(images, args):
     """
     path, config = Path(args.ebm), ebm_config(images, args)
     checkpoint, log = path.with_suffix(".partial"), path.with_suffix(".jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed_of(args.seed))
-    d, g = Discriminator(args.width).to(args.device), Generator(args.width).to(args.device)
-    adam = [torch.optim.Adam(network.parameters(), lr, betas=(0.0, 0.999))
-            for network, lr in zip([d, g], EBM_LR)]
-    state = {"d": d, "g": g, "optimizer_d": adam[0], "optimizer_g": adam[1]}
+    state = ebm_networks(args)
+    step = {"ade": ade_step, "cd": cd_step}[args.ebm_objective]
     in_progress = {**config, "seed": args.seed, "precision": args.precision}
     first = restore(checkpoint, in_progress, state)
     start_log(log, "iteration", first)
@@ -598,7 +694,7 @@ def train_ebm(images, args):
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             with autocast(args):
-                rows.append(ebm_step(x, **state))
+                rows.append(step(x, args.ebm_rotation, **state))
         row = mean_of(rows)
         if not abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4:
             raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
@@ -612,24 +708,27 @@ def train_ebm(images, args):
         show(f"EBM {end}/{args.ebm_iters}  f(real) {row['f_real']:.2f}  f(sample) "
              f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
              f"sample std {row['sample_std']:.2f}  {duration(left)} left", last)
+
+    d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
     with torch.no_grad():
-        x_g = g.eval()(torch.randn(32, g.z_dim, device=images.device))
-    x_s = langevin(d, x_g, steps=5, **SAMPLER)
-    save_image(torch.cat([images[:32] / 255, x_g, x_s]), path.with_suffix(".png"), nrow=16)
+        x_0 = (state["g"].eval()(torch.randn(32, state["g"].z_dim, device=images.device))
+               if "g" in state else state["replay"].images[:32].float())
+    x_s = langevin(d, x_0, steps=15, **SAMPLER)
+    save_image(torch.cat([images[:32] / 255, x_0, x_s]), path.with_suffix(".png"), nrow=16)
     for name, network in [("trained", d), ("untrained", Discriminator(args.width).to(args.device))]:
         for layers in ["last", "all"]:
             result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
             if result:
                 show(f"linear probe of the {name} discriminator's features, {layers:4} "
                      f"{result['linear']:.2f} %")
-    save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, {"d": d, "g": g})
+    save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, kept)
     checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
 
 
 def ebm_config(images, args):
     """What an EBM was trained on, and how; a checksum stands for the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_iters"]
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
     config = {flag: getattr(args, flag) for flag in flags}
     return {**config, "images": zlib.crc32(images.cpu().numpy())}
 
@@ -637,7 +736,9 @@ def ebm_config(images, args):
 def get_ebm(images, args):
     """The frozen f of the EBM in the file args.ebm; rank 0 trains it first if there is none."""
     if rank() == 0 and not Path(args.ebm).exists():
-        train_ebm(images, args)
+        with alone_at(Path(args.ebm)) as path:
+            if not path.exists():
+                train_ebm(images, args)
     barrier()
     same_config(args.ebm, load(args.ebm)["config"], ebm_config(images, args))
     return load_ebm(args.ebm, args.device)
@@ -660,12 +761,12 @@ class Run:
     """One training run in its directory: resumes, seeds, logs, checkpoints, evaluates."""
 
     def __init__(self, args):
-        self.args, self.path, self.step = args, Path(args.run_dir), 0
+        self.args, self.path, self.step, self.held = args, Path(args.run_dir), 0, None
         self.config = {flag: v for flag, v in vars(args).items() if flag not in NEUTRAL}
         if (self.path / "config.json").exists():
-            same_config(self.path, json.loads((self.path / "config.json").read_text()), self.config)
+            same_config(self.path, load_json(self.path / "config.json"), self.config)
         if (self.path / "eval.json").exists():
-            print(f"{self.path} is finished: {(self.path / 'eval.json').read_text()}")
+            print(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
             sys.exit()
         set_up(args)
         if args.batch_size % world_size():
@@ -679,6 +780,19 @@ class Run:
                             "training images; use a smaller one")
         return self.args.epochs * (len(images) // self.args.batch_size)
 
+    def open(self):
+        """Make the directory and, until this process ends, keep others out of it."""
+        if rank() > 0 or self.held is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is at this run; wait for it, or name "
+                            "another --run-dir") from None
+        save_json(self.path / "config.json", self.config)
+
     def epochs(self, **state):
         """Yield the epochs that are left, each with a random state of its own, and keep each one.
 
@@ -686,9 +800,8 @@ class Run:
         """
         args, log, checkpoint = self.args, self.path / "log.jsonl", self.path / "checkpoint.pt"
         first = restore(checkpoint, self.config, state)
+        self.open()
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_json(self.path / "config.json", self.config)
             start_log(log, "epoch", first)
         started = time.time()
         for self.epoch in range(first + 1, args.epochs + 1):
@@ -740,28 +853,30 @@ class Run:
 
         langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
         """
-        log = self.path / "log.jsonl"
-        if rank() > 0 or log.exists():
+        args, log, picture = self.args, self.path / "log.jsonl", self.path / "langevin.png"
+        self.open()
+        if rank() > 0 or picture.exists():
             return
-        torch.manual_seed(self.args.seed)
-        with autocast(self.args):
-            image = mix_with_noise(x / 255, self.args.alpha)
-            rows, ends = [image], sorted({*range(5, self.args.steps, 5), self.args.steps} - {0})
-            for start, end in zip([0, *ends], ends):
-                image = langevin(f, image, end - start, **sampler(self.args))
+        torch.manual_seed(args.seed)
+        marks = sorted({0, *range(5, args.steps, 5), args.steps})
+        with autocast(args):
+            x, rows = x / 255, []
+            image = mix_with_noise(x, args.alpha)
+            for done, mark in zip([0, *marks], marks):
+                image = langevin(f, image, mark - done, **sampler(args))
                 rows.append(image)
-            energies = [f(image).float().mean().item() for image in [x / 255, *rows]]
-        errors = [(image - x / 255).square().mean((1, 2, 3)) for image in rows]
-        chain = {"steps": [0, *ends], "psnr": [-10 * e.log10().mean().item() for e in errors],
+            energies = [f(image).float().mean().item() for image in [x, *rows]]
+        errors = [(image - x).square().mean((1, 2, 3)) for image in rows]
+        chain = {"steps": marks, "psnr": [-10 * e.log10().mean().item() for e in errors],
                  "f": energies[1:], "f_of_x": energies[0]}
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat([x / 255, *rows]), self.path / "langevin.png", nrow=len(x))
+        log.unlink(missing_ok=True)
         start_log(log, "epoch", 0)
         append(log, {"chain": chain})
+        write(picture, partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
         f_0, f_end, psnr_0, psnr_end = (chain[k][i] for k in ("f", "psnr") for i in (0, -1))
-        show(f"Langevin: noise std {sampler(self.args)['noise_std']:g} of the pixel range; "
+        show(f"Langevin: noise std {sampler(args)['noise_std']:g} of the pixel range; "
              f"f(x) {chain['f_of_x']:.2f}; I_0: f {f_0:.2f}, {psnr_0:.1f} dB to x; "
-             f"I_{self.args.steps}: f {f_end:.2f}, {psnr_end:.1f} dB")
+             f"I_{args.steps}: f {f_end:.2f}, {psnr_end:.1f} dB")
 
     def generated(self, f, images):
         """One generated image for each of images, uint8 alike; made once, kept in generated.pt."""
@@ -771,9 +886,9 @@ class Run:
             made, parts = [], images.split(500)
             for i, x in enumerate(parts, 1):
                 with autocast(self.args):
-                    made.append((generate(f, x, self.args) * 255).round().byte())
+                    made.append((generate(f, x, self.args) * 255).round().byte().cpu())
                 show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
-            write(path, torch.cat(made).cpu())
+            write(path, partial(torch.save, torch.cat(made)))
         barrier()
         return torch.load(path, map_location=images.device, weights_only=True)
 
@@ -782,16 +897,11 @@ class Run:
 
     def evaluate(self, encoder):
         """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
-        if rank() == 0:
-            result = evaluate(encoder, self.args)
-            torch.manual_seed(self.args.seed)
-            untrained = evaluate(Encoder(self.args.width).to(self.args.device), self.args)
-            if result:
-                result |= {"split": "test", "untrained": untrained}
-                save_json(self.path / "eval.json", result)
-                for name, row in [("trained", result), ("untrained", untrained)]:
-                    show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
-                         f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
+        if rank() == 0 and (result := beside_untrained(encoder, self.args)):
+            save_json(self.path / "eval.json", result)
+            for name, row in [("trained", result), ("untrained", result["untrained"])]:
+                show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
+                     f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
         barrier()
 
 
@@ -809,14 +919,34 @@ def mean_of(rows, ranks=1):
 
 
 def save(path, config, done, state):
-    write(path, {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}})
+    content = {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}}
+    write(path, partial(torch.save, content))
 
 
-def write(path, content):
-    """torch.save beside `path`, then rename, so that the file is always a whole one."""
+def write(path, save):
+    """Let `save` fill a file beside `path`, then rename it: what lies at `path` is always whole."""
     beside = path.with_name(f"{path.name}.new")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    try:
+        save(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:              # torch's is a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); what was there still is") from None
+
+
+@contextmanager
+def alone_at(path):
+    """Make the folder of `path`, and keep other processes that want to be alone at it waiting."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            show(f"{path}: waiting for the process that makes it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield path
+        lock.unlink(missing_ok=True)
 
 
 def load(path):
@@ -825,10 +955,12 @@ def load(path):
         raise UserError(f"{path}: there is no such file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {"config": saved["config"], **saved}
-    except Exception as error:
+    except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not a whole file of ours ({reason}); remove it") from None
+    if not (isinstance(saved, dict) and "config" in saved):
+        raise UserError(f"{path}: not a whole file of ours (it has no config); remove it")
+    return saved
 
 
 def restore(path, config, state):
@@ -855,7 +987,8 @@ def start_log(path, counter, done):
     """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
     if path.exists():
         lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
-        return rewrite(path, "".join(x for x in lines if json.loads(x).get(counter, 0) <= done))
+        kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done)
+        return write(path, lambda file: file.write_text(kept))
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip() or None
@@ -866,13 +999,14 @@ def start_log(path, counter, done):
 
 
 def save_json(path, row):
-    rewrite(path, json.dumps(row, indent=1) + "\n")
+    write(path, lambda file: file.write_text(json.dumps(row, indent=1) + "\n"))
 
 
-def rewrite(path, text):
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text)
-    os.replace(beside, path)
+def load_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole file of ours ({error}); remove it") from None
 
 
 def append(path, row):
@@ -980,6 +1114,16 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     return {metric: METRICS[metric](*data) for metric in metrics}
 
 
+def beside_untrained(encoder, args, split="test"):
+    """What eval.json holds: the encoder's accuracies and an untrained one's; None without images."""
+    result = evaluate(encoder, args, split=split)
+    if result is None:
+        return None
+    torch.manual_seed(args.seed)
+    untrained = Encoder(args.width).to(args.device)
+    return {**result, "split": split, "untrained": evaluate(untrained, args, split=split)}
+
+
 # --- Devices: one or several, and what they compute in ---------------------------------------
 
 
@@ -1036,6 +1180,8 @@ def distribute(method):
         return method
     if next(method.parameters()).is_cuda:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    else:
+        show("CPU ranks: each normalises by the statistics of its own share of the batch")
     return nn.parallel.DistributedDataParallel(method)
 
 
@@ -1057,7 +1203,7 @@ def main():
     set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    train_ebm(load_split(args, "train")[0], args)
+    get_ebm(load_split(args, "train")[0], args)
 
 
 if __name__ == "__main__":

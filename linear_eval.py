@@ -9,38 +9,31 @@ probe learns from the labels of the images that the run trained on. Runs that di
 alone share a row: mean, standard deviation and number of runs.
 """
 import argparse
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, evaluate, launch, load, load_ebm,
-                    save_json, set_up, show)
+from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, beside_untrained, evaluate,
+                    launch, load, load_ebm, load_json, save_json, set_up, show)
 
 
 def evaluate_run(path, flags):
     """A run's config and accuracies: from its eval.json where that has them, else computed."""
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: its config.json is missing")
-    config = json.loads((path / "config.json").read_text())
+    config = load_json(path / "config.json")
     args = argparse.Namespace(**{**config, "device": flags.device})
     args.data_dir = flags.data_dir or args.data_dir
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
-        return config, json.loads(done.read_text())
+        return config, load_json(done)
     saved = load(path / "checkpoint.pt")
     show(f"evaluating {path}, epoch {saved['done']}", last=False)
     encoder = Encoder(args.width)
     encoder.load_state_dict({name.removeprefix("encoder."): value for name, value
                              in saved["model"].items() if name.startswith("encoder.")})
-    result = evaluate(encoder.to(args.device), args, split=flags.split)
-    torch.manual_seed(args.seed)
-    if result is None:
-        return config, None
-    result["untrained"] = evaluate(Encoder(args.width).to(args.device), args, split=flags.split)
-    if saved["done"] == args.epochs and flags.split == "test":
-        save_json(done, {**result, "split": "test"})
+    result = beside_untrained(encoder.to(args.device), args, flags.split)
+    if result and saved["done"] == args.epochs and flags.split == "test":
+        save_json(done, result)
     return {**config, "epochs": saved["done"]}, result
 
 

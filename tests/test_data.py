@@ -29,20 +29,47 @@ def test_folder(folder):
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
 
 
-def test_folder_takes_any_size_and_mode(folder):
-    write(folder / "train" / "apple" / "wide.png", np.full((20, 70, 4), 50, np.uint8))
-    write(folder / "train" / "apple" / "gray.png", np.full((90, 50), 60, np.uint8))
-    (folder / "train" / "apple" / ".hidden").write_text("not an image")
-    images, _ = load_images("folder", folder, "train")
-    assert images.shape == (8, 3, 32, 32) and images[3].unique().tolist() == [60]
+def test_folder_takes_any_size_and_mode(folder, capsys):
+    apple = folder / "train" / "apple"
+    write(apple / "gray.png", np.full((90, 50), 60, np.uint8))
+    write(apple / "sixteen.png", np.full((40, 40), 70 * 257, np.uint16))
+    clear = np.full((20, 70, 4), 50, np.uint8)
+    clear[..., 3] = 0
+    write(apple / "transparent.png", clear)
+    palette = Image.new("P", (9, 9), 1)
+    palette.putpalette([0, 0, 0, 80, 80, 80])
+    palette.save(apple / "zpalette.png")
+    upright = Image.new("L", (40, 60))
+    upright.paste(90, (0, 0, 40, 30))                                   # its upper half is light
+    exif = upright.getexif()
+    exif[0x0112] = 6                                                    # lies on its side
+    upright.transpose(Image.Transpose.ROTATE_90).save(apple / "zturned.png", exif=exif)
+    (apple / ".hidden").write_text("not an image")
+    (apple / "notes.txt").write_text("not an image")
+    (folder / "train" / ".cache").mkdir()
+    images, labels = load_images("folder", folder, "train")
+    assert labels.tolist() == [0] * 8 + [1] * 3
+    assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
+    assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
+    assert "1 left out that are no images, " in capsys.readouterr().out
 
 
 def test_folder_names_what_is_wrong(folder):
+    def refused(message, split="train"):
+        load_images.cache_clear()
+        with pytest.raises(UserError, match=message):
+            load_images("folder", folder, split)
+
     with pytest.raises(UserError, match="--data-dir .*train/<class>"):
         load_images("folder", folder / "nowhere", "train")
     (folder / "train" / "apple" / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    with pytest.raises(UserError, match="bad.jpg: not a readable image"):
-        load_images("folder", folder, "train")
+    refused("bad.jpg: not a readable image")
+    (folder / "train" / "apple" / "bad.jpg").unlink()
+    (folder / "train" / "plum").mkdir()
+    refused("plum: has no image")
+    (folder / "train" / "plum").rmdir()
+    (folder / "test" / "plum").mkdir()
+    refused("test/plum: no such class", "test")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():

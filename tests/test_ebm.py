@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-from common import Discriminator, Generator, UserError, draw_shapes, get_ebm, load_ebm, train_ebm
+from common import (Discriminator, Generator, Replay, UserError, draw_shapes, get_ebm, load_ebm,
+                    train_ebm)
 
 
 def flags(tmp_path, *more):
@@ -16,59 +17,102 @@ def flags(tmp_path, *more):
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
 
-def test_discriminator_step_equals_its_formula(monkeypatch):
+def turned_loss(d, rotation, x):
+    """Cross entropy of the quarter turn, over each of the images x turned in each way."""
+    terms = [F.cross_entropy(rotation(d.features(torch.rot90(image[None], k, (2, 3)))),
+                             torch.tensor([k])) for image in x for k in range(4)]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("objective", ["ade", "cd"])
+@pytest.mark.parametrize("weight", [0, 0.7])
+def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     starts = []
     monkeypatch.setattr(common, "langevin",
                         lambda f, x, **flags: starts.append((x, flags)) or negatives)
-    d, g = Discriminator(4), Generator(4)
+    d, rotation, g, replay = Discriminator(4), torch.nn.Linear(16, 4), Generator(4), Replay(100)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
         return torch.func.functional_call(d, weights, image[None])[0]
 
+    def energies(a, b):
+        if objective == "cd":
+            return f(b) - f(a) + f(a) ** 2 + f(b) ** 2
+        return F.softplus(-f(a)) + F.softplus(f(b))
+
     def loss(share):                    # image by image; the penalty from the Jacobian
-        terms = [F.softplus(-f(a)) + F.softplus(f(b)) + share * (
-            torch.autograd.functional.jacobian(f, a, create_graph=True).square().sum()
-            + torch.autograd.functional.jacobian(f, b, create_graph=True).square().sum())
-            for a, b in zip(x, negatives)]
+        terms = [energies(a, b) + share * sum(
+            torch.autograd.functional.jacobian(f, image, create_graph=True).square().sum()
+            for image in (a, b)) for a, b in zip(x, negatives)]
         return sum(terms) / len(terms)
 
-    expected = torch.autograd.grad(loss(5), weights.values())
-    halved = torch.autograd.grad(loss(2.5), weights.values())
+    def gradient(share, weight):
+        turned = torch.autograd.grad(turned_loss(d, rotation, x[:2]), list(d.parameters()),
+                                     allow_unused=True)
+        return [a + weight * (0 if b is None else b)
+                for a, b in zip(torch.autograd.grad(loss(share), weights.values()), turned)]
+
+    expected, wrong = gradient(5, weight), [gradient(2.5, weight), gradient(5, weight + 0.2)]
     sgd = torch.optim.SGD(d.parameters(), lr=1.0)
     before = [p.detach().clone() for p in d.parameters()]
-    common.ebm_step(x, d, g, sgd, torch.optim.SGD(g.parameters(), lr=0.0))
-    (x_0, flags), = starts              # a quarter starts at noised images, the rest at G(z)
-    assert flags == dict(steps=5, step_size=10, noise_std=0.005, grad_clip=0.01)
-    assert (x_0[6:] - 0.6 * x[:2]).min() >= 0 and (x_0[6:] - 0.6 * x[:2]).max() <= 0.4
-    assert (x_0[:6] - 0.5).abs().max() < 0.2
+    if objective == "ade":
+        common.ade_step(x, weight, d, rotation, sgd, g, torch.optim.SGD(g.parameters(), lr=0.0))
+    else:
+        common.cd_step(x, weight, d, rotation, sgd, replay)
+    (x_0, flags), = starts
+    steps = {"ade": 5, "cd": 15}[objective]
+    assert flags == dict(steps=steps, step_size=10, noise_std=0.005, grad_clip=0.01)
+    if objective == "ade":              # a quarter starts at noised images, the rest at G(z)
+        assert (x_0[6:] - 0.6 * x[:2]).min() >= 0 and (x_0[6:] - 0.6 * x[:2]).max() <= 0.4
+        assert (x_0[:6] - 0.5).abs().max() < 0.2
     step = [old - new.detach() for old, new in zip(before, d.parameters())]
-    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, expected))
-    assert not all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, halved))
+
+    def close(to):
+        return all(torch.allclose(a, b, atol=1e-5, rtol=1e-3) for a, b in zip(step, to))
+    assert close(expected) and not any(map(close, wrong))
 
 
-def test_generator_climbs_f_straight_through_the_sampler(monkeypatch):
-    """G's step is the gradient of f at the samples x_s, carried to G(z) unchanged."""
-    d, g, x = Discriminator(4), Generator(4), draw_shapes(8, seed=3)[0] / 255
-    x_s = torch.rand(8, 3, 32, 32)
+def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
+    """cd: a batch of 1000 leaves about 5 % of its chains and begins them anew, and keeps the ends."""
+    replay, starts, d = Replay(1000), [], Discriminator(4)
+    replay.images.zero_()
+    monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
+    monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(shape[0]))
+    common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, None, torch.optim.SGD(d.parameters(), 0),
+                   replay)
+    fresh = starts[0].flatten(1).amax(1) > 0
+    assert 25 < fresh.sum() < 80
+    assert torch.equal(replay.images, (starts[0] + 1).half())
+
+
+@pytest.mark.parametrize("weight", [0, 5])
+def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
+    """G's step is the gradient of its loss at the samples x_s, carried to G(z) unchanged."""
+    d, rotation, g = Discriminator(4), torch.nn.Linear(16, 4), Generator(4)
+    x, x_s = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     monkeypatch.setattr(common, "langevin", lambda *_, **__: x_s)
     torch.manual_seed(5)
     x_g = g(torch.randn(6, g.z_dim))
 
-    def gradient(at):
+    def gradient(at, weight):
         at = at.detach().requires_grad_()
-        up, = torch.autograd.grad(d(at).mean(), at)
-        return torch.autograd.grad(x_g, list(g.parameters()), up, retain_graph=True)
+        down, = torch.autograd.grad(
+            0.2 * weight * turned_loss(d, rotation, at[:1]) - d(at).mean(), at)
+        return torch.autograd.grad(x_g, list(g.parameters()), -down, retain_graph=True)
 
-    expected, elsewhere = gradient(x_s[:6]), gradient(x_g)
+    expected, wrong = gradient(x_s[:6], weight), [gradient(x_g, weight),
+                                                  gradient(x_s[:6], weight + 5)]
     before = [p.detach().clone() for p in g.parameters()]
     torch.manual_seed(5)
-    common.ebm_step(x, d, g, torch.optim.SGD(d.parameters(), lr=0.0),
+    common.ade_step(x, weight, d, rotation, torch.optim.SGD(d.parameters(), lr=0.0), g,
                     torch.optim.SGD(g.parameters(), lr=1.0))
     step = [new.detach() - old for old, new in zip(before, g.parameters())]
-    assert all((a - b).norm() < 1e-2 * b.norm() + 1e-6 for a, b in zip(step, expected))
-    assert not all((a - b).norm() < 1e-2 * b.norm() + 1e-6 for a, b in zip(step, elsewhere))
+
+    def close(to):
+        return all((a - b).norm() < 1e-2 * b.norm() + 1e-6 for a, b in zip(step, to))
+    assert close(expected) and not any(map(close, wrong))
     assert all(p.requires_grad for p in d.parameters())
 
 
@@ -97,10 +141,12 @@ def test_file_log_and_picture(tmp_path, capsys):
         get_ebm(images[1:], args)
 
 
-def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["ade", "cd"])
+def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(common, "BLOCK", 2)
     monkeypatch.setattr(common, "evaluate", lambda *_: None)
-    args = flags(tmp_path, "--ebm-iters", "6")
+    args = flags(tmp_path, "--ebm-iters", "6", "--ebm-objective", objective,
+                 "--ebm-rotation", "0.5")
     images, _ = common.load_split(args, "train")
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()
@@ -115,6 +161,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
     (tmp_path / "ebm.pt").unlink()
     other = train_ebm(images, flags(tmp_path, "--ebm-iters", "6", "--seed", "1"))
+    assert "rotation" in json.loads(rows[1])
     assert not torch.equal(other.linear.weight, whole.linear.weight)
 
 

@@ -1,0 +1,67 @@
+"""Scripts run in processes of their own, which begin with torch imported and can be killed."""
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from functools import partial
+
+import torch
+
+import common
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
+TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
+        "--epochs", "2", "--ebm-iters", "2", "--precision", "fp32", "--ebm", "ebm.pt"]
+
+
+def work(script, flags, directory, moment, environment):
+    """Run the script's main, and die by SIGKILL at the `moment`-th renaming or log line."""
+    os.environ.update(environment)
+    os.chdir(directory)
+    torch.set_num_threads(1)
+    moments = iter(range(1, 1000))
+
+    def mortal(function):
+        def call(*args):
+            if next(moments) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+        return call
+
+    common.append, common.os.replace = mortal(common.append), mortal(os.replace)
+    common.BLOCK = 1
+    common.METRICS["linear"] = partial(common.linear_accuracy, epochs=2)
+    common.draw_shapes = partial(lambda draw, n, seed: draw(n // 10, seed), common.draw_shapes)
+    sys.argv = [script, *TINY, *flags]
+    sys.stdout = open("out", "a")
+    sys.stderr = open("err", "a")
+    common.launch(importlib.import_module(script).main)
+
+
+def start(script, directory, *flags, moment=None, **environment):
+    process = CONTEXT.Process(target=work, args=(script, flags, directory, moment, environment))
+    process.start()
+    return process
+
+
+def run(*args, **kwargs):
+    """Exit status of the script, negative where a signal ended it."""
+    return wait(start(*args, **kwargs))
+
+
+def wait(process):
+    process.join(120)
+    return process.exitcode
+
+
+def ranks(script, directory, *flags, moments=(None, None)):
+    """Two ranks of the script, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [start(script, directory, *flags, moment=moments[rank], RANK=str(rank), WORLD_SIZE="2",
+                  LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
+            for rank in range(2)]

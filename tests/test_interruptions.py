@@ -1,0 +1,86 @@
+"""Killed at any moment, short of disk, or two at once: what ends is what an unhindered run ends with."""
+import itertools
+import json
+import os
+
+import pytest
+import torch
+
+import common
+from common import UserError
+from processes import run, start, wait
+
+RUN = ["--run-dir", "run"]
+BANK = [*RUN, "--use", "dataset", "--steps", "6", "--epochs", "2"]
+
+
+def tensors(directory):
+    """All tensors and numbers of the EBM, the generated images and the last checkpoint."""
+    files = [directory / "ebm.pt", *sorted((directory / "run").glob("*.pt"))]
+    tree = [torch.load(path, weights_only=True) for path in files]
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
+    """By SIGKILL before each renaming and each line of a log, from the EBM's first to the last."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert run("byol_langevin", whole, *BANK) == 0
+    expected, states = tensors(whole), set()
+    for moment in itertools.count(1):
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        status = run("byol_langevin", directory, *BANK, moment=moment)
+        if status == 0:
+            break
+        assert status == -9
+        states.add(frozenset(path.name for path in directory.glob("**/*")))
+        assert run("byol_langevin", directory, *BANK) == 0, (directory / "err").read_text()
+        assert same(tensors(directory), expected), f"killed at {moment}"
+        rows = [json.loads(x) for x in (directory / "run" / "log.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
+        assert sum("chain" in row for row in rows) == 1
+        assert not list(directory.glob("**/*.new"))
+    begun = set().union(*states)
+    assert {"ebm.partial.new", "ebm.pt.new", "config.json.new", "langevin.png.new",
+            "generated.pt.new", "checkpoint.pt.new", "eval.json.new"} <= begun
+    assert run("byol_langevin", tmp_path, *BANK, "--seed", "1") == 0
+    assert not same(tensors(tmp_path), expected)                        # a control: it can differ
+
+
+def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
+    first, second = (start(script, tmp_path, "--run-dir", script, "--ebm-iters", "60")
+                     for script in ("simclr_disc", "byol_disc"))
+    assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
+    assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 16
+    out = (tmp_path / "out").read_text()
+    assert out.count("linear probe of the trained") == 2 and out.count("waiting for the proc") == 1
+    assert not {path.name for path in tmp_path.iterdir()} & {"ebm.lock", "ebm.partial"}
+
+
+def test_two_processes_cannot_be_at_one_run(tmp_path):
+    flags = [*RUN, "--coeff", "0", "--epochs", "40"]
+    both = [start("byol_disc", tmp_path, *flags) for _ in range(2)]
+    assert sorted(map(wait, both)) == [0, 2]
+    err = (tmp_path / "err").read_text()
+    assert err.startswith("error: run: another process is at this run") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("full")])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, error):
+    path = tmp_path / "checkpoint.pt"
+    common.save(path, {"seed": 0}, 1, {})
+    before = path.read_bytes()
+
+    def fill(content, file):
+        file.write_bytes(b"half")
+        raise error
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(UserError, match="cannot be written .*; what was there still is"):
+        common.save(path, {"seed": 0}, 2, {})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]

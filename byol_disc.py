@@ -37,14 +37,15 @@ class BYOL(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        views = torch.cat([augment(x), augment(x)])                       # (2B, 3, H, W)
-        z = self.projector(self.encoder(views))                           # (2B, emb)
-        p1, p2 = self.predictor(z).chunk(2)                               # eq. (1)
+        v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
+        z1, z2 = self.projector(self.encoder(v1)), self.projector(self.encoder(v2))
+        p1, p2 = self.predictor(z1), self.predictor(z2)                   # eq. (1)
         with torch.no_grad():
-            t1, t2 = self.target_projector(self.target_encoder(views)).chunk(2)
+            t1 = self.target_projector(self.target_encoder(v1))
+            t2 = self.target_projector(self.target_encoder(v2))
         pair12 = byol_loss(p1, t2) + byol_loss(p2, t1)                    # eq. (3)
         if self.coeff == 0:
-            return pair12, {"pair12": pair12, "z_std": z_std(z)}
+            return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         with torch.no_grad():
             h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
@@ -53,7 +54,7 @@ class BYOL(nn.Module):
         pair13 = byol_loss(p1, t3) + byol_loss(p3, t1)
         pair23 = byol_loss(p2, t3) + byol_loss(p3, t2)
         loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
-        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z)}
+        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z1)}
 
     def move_target(self, tau):
         move_average(self.target_encoder, self.encoder, tau)              # eq. (5)

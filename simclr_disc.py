@@ -31,12 +31,12 @@ class SimCLR(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        views = torch.cat([augment(x), augment(x)])                       # (2B, 3, H, W)
-        z = self.projector(self.encoder(views))                           # (2B, emb)
-        z1, z2 = z.chunk(2)                                               # eq. (1)
+        v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
+        z1 = self.projector(self.encoder(v1))                             # eq. (1)
+        z2 = self.projector(self.encoder(v2))
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
         if self.coeff == 0:
-            return pair12, {"pair12": pair12, "z_std": z_std(z)}
+            return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         with torch.no_grad():
             h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
@@ -44,7 +44,7 @@ class SimCLR(nn.Module):
         pair13 = nt_xent(z1, z3, self.temperature)
         pair23 = nt_xent(z2, z3, self.temperature)
         loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
-        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z)}
+        return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z1)}
 
 
 def parse():

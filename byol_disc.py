@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, augment, autocast, byol_loss, distribute, get_ebm, launch,
-                    load_split, lr_factor, make_parser, mlp, move_average, number, parse_flags,
-                    target_tau, z_std)
+                    lr_factor, make_parser, mlp, move_average, number, parse_flags, target_tau,
+                    training_images, z_std)
 
 
 class BYOL(nn.Module):
@@ -78,8 +78,7 @@ def parse():
 def main():
     args = parse()
     run = Run(args)
-    images, _ = load_split(args, "train")
-    images = images.to(args.device)
+    images = training_images(args).to(args.device)
     steps = run.steps(images)
     discriminator = get_ebm(images, args) if args.coeff > 0 else None
     torch.manual_seed(args.seed)

@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, augment, autocast, batch_statistics, byol_loss, distribute,
-                    generate, get_ebm, launch, load_split, lr_factor, make_parser, mlp,
-                    move_average, number, parse_flags, target_tau, z_std)
+                    generate, get_ebm, launch, lr_factor, make_parser, mlp, move_average, number,
+                    parse_flags, target_tau, training_images, z_std)
 
 
 class BYOL(nn.Module):
@@ -92,8 +92,7 @@ def parse():
 def main():
     args = parse()
     run = Run(args)
-    images, _ = load_split(args, "train")
-    images = images.to(args.device)
+    images = training_images(args).to(args.device)
     steps = run.steps(images)
     f = get_ebm(images, args) if args.coeff > 0 and args.view == "langevin" else None
     if f is not None:

@@ -68,7 +68,8 @@ def make_parser(doc, training=True):
         choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
     add("--data-dir", default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
-    add("--subset", type=number(int, 0), default=0, help="training images to use; 0: all")
+    add("--subset", type=number(int, 0), default=0,
+        help="images to train on, without labels; 0: all. The probe has the labels of all")
     add("--width", type=number(int, 1), default=64, help="of all networks: their first channels")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -157,16 +158,17 @@ def load_images(dataset, data_dir, split):
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
     try:
-        if dataset == "stl10":
-            parts = {"train": "train+unlabeled", "test": "test"}
-            data = torchvision.datasets.STL10(data_dir, parts[split], download=True)
-            images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
-                                for part in np.array_split(data.data, 100)])
-            return images, torch.as_tensor(data.labels, dtype=torch.int64)
-        source = getattr(torchvision.datasets, dataset.upper())
-        data = source(data_dir, split == "train", download=True)
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-        return images.contiguous(), torch.tensor(data.targets)
+        with alone_at(Path(data_dir) / dataset):                      # several ranks or runs ask
+            if dataset == "stl10":
+                parts = {"train": "train+unlabeled", "test": "test"}
+                data = torchvision.datasets.STL10(data_dir, parts[split], download=True)
+                images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
+                                    for part in np.array_split(data.data, 100)])
+                return images, torch.as_tensor(data.labels, dtype=torch.int64)
+            source = getattr(torchvision.datasets, dataset.upper())
+            data = source(data_dir, split == "train", download=True)
+            images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+            return images.contiguous(), torch.tensor(data.targets)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
@@ -254,15 +256,13 @@ def draw_shapes(n, seed):
     return (image.clamp(0, 1) * 255).round().byte(), label
 
 
-def load_split(args, split):
-    """`load_images` by the flags; --subset keeps the same random images whatever the seed."""
-    images, labels = load_images(args.dataset, args.data_dir, split)
-    if split == "train" and args.subset:
-        if args.subset > len(images):
-            raise UserError(f"--subset {args.subset}: there are {len(images)} training images")
-        keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.subset]
-        images, labels = images[keep], labels[keep]
-    return images, labels
+def training_images(args):
+    """The images (N, 3, 32, 32), uint8, to train on; --subset keeps the same ones for any seed."""
+    images, _ = load_images(args.dataset, args.data_dir, "train")
+    if args.subset > len(images):
+        raise UserError(f"--subset {args.subset}: there are {len(images)} training images")
+    keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.subset]
+    return images[keep] if args.subset else images
 
 
 # --- Augmentation: batched, every image with parameters of its own --------------------------
@@ -1091,17 +1091,18 @@ METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     """Accuracies (%) {metric: value} of the encoder's frozen features.
 
-    On the test images, or with split "val" on a tenth of the training images, kept from the probe.
-    None, with a printed line, where there are no test images.
+    Learned from the labels of all training images, whatever --subset. On the test images, or with
+    split "val" on a tenth of the training images, kept from the probe. None, with a printed line,
+    where there are no test images.
     """
-    train = load_split(args, "train")
+    train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
         held_out, kept = order.tensor_split([len(order) // 10])
         train, test = [x[kept] for x in train], [x[held_out] for x in train]
     else:
         try:
-            test = load_split(args, "test")
+            test = load_images(args.dataset, args.data_dir, "test")
         except NoSplit as error:
             show(f"not evaluated: {error}")
             return None
@@ -1203,7 +1204,7 @@ def main():
     set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    get_ebm(load_split(args, "train")[0], args)
+    get_ebm(training_images(args), args)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, distribute, get_ebm, launch, load_split,
-                    lr_factor, make_parser, mlp, nt_xent, number, parse_flags, z_std)
+from common import (Encoder, Run, augment, autocast, distribute, get_ebm, launch, lr_factor,
+                    make_parser, mlp, nt_xent, number, parse_flags, training_images, z_std)
 
 
 class SimCLR(nn.Module):
@@ -62,8 +62,7 @@ def parse():
 def main():
     args = parse()
     run = Run(args)
-    images, _ = load_split(args, "train")
-    images = images.to(args.device)
+    images = training_images(args).to(args.device)
     steps = run.steps(images)
     discriminator = get_ebm(images, args) if args.coeff > 0 else None
     torch.manual_seed(args.seed)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UserError, draw_shapes, load_images, load_split, make_parser, parse_flags
+from common import (UserError, draw_shapes, load_images, make_parser, parse_flags,
+                    training_images)
 
 
 def write(path, pixels):
@@ -80,12 +81,11 @@ def test_shapes_are_deterministic_and_differ_by_split():
 
 
 def test_subset_does_not_depend_on_the_seed():
-    def split(*flags):
-        args = parse_flags(make_parser("x"), ["--dataset", "synthetic", *flags])
-        return load_split(args, "train")
+    def images(*flags):
+        return training_images(parse_flags(make_parser("x"), ["--dataset", "synthetic", *flags]))
 
-    images, labels = split("--subset", "50")
-    assert torch.equal(images, split("--subset", "50", "--seed", "3")[0]) and len(labels) == 50
-    assert torch.equal(images[:20], split("--subset", "20")[0])
+    fifty = images("--subset", "50")
+    assert torch.equal(fifty, images("--subset", "50", "--seed", "3")) and len(fifty) == 50
+    assert torch.equal(fifty[:20], images("--subset", "20")) and len(images()) == 5000
     with pytest.raises(UserError, match="--subset 9999"):
-        split("--subset", "9999")
+        images("--subset", "9999")

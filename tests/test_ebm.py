@@ -118,7 +118,7 @@ def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
 
 def test_file_log_and_picture(tmp_path, capsys):
     args = flags(tmp_path)
-    images, _ = common.load_split(args, "train")
+    images = common.training_images(args)
     d = train_ebm(images, args)
     out = capsys.readouterr().out
     assert out.count("probe of the trained") == 2 == out.count("probe of the untrained")
@@ -147,7 +147,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
     monkeypatch.setattr(common, "evaluate", lambda *_: None)
     args = flags(tmp_path, "--ebm-iters", "6", "--ebm-objective", objective,
                  "--ebm-rotation", "0.5")
-    images, _ = common.load_split(args, "train")
+    images = common.training_images(args)
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()
     with monkeypatch.context() as patch:
@@ -179,7 +179,7 @@ def fail_at(n, function):
 def test_it_stops_when_f_explodes(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "BLOCK", 2)
     args = flags(tmp_path, "--ebm-iters", "40")
-    images, _ = common.load_split(args, "train")
+    images = common.training_images(args)
     monkeypatch.setattr(common, "EBM_LR", (10.0, 2e-4))
     with pytest.raises(UserError, match="f exploded before iteration"):
         train_ebm(images, args)

@@ -1,0 +1,57 @@
+"""The README's commands, loops unrolled by bash: each is one that its script accepts."""
+import importlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from common import UserError
+from conftest import ROOT
+
+
+
+def commands():
+    """Every line that runs a script, as its list of words; a block of the README is a bash script."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+    echo = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }\n"
+    for block in blocks:
+        if "python " in block:
+            out = subprocess.run(["bash", "-euc", "MORE=; " + echo + block], cwd=ROOT,
+                                 capture_output=True, text=True, check=True).stdout
+            yield from map(shlex.split, out.splitlines())
+
+
+def test_every_command_is_accepted(monkeypatch):
+    seen = set()
+    for _, script, *flags in commands():
+        if script in ("-m", "tests/benchmark.py", "linear_eval.py", "SCRIPT.py"):
+            continue
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr("sys.argv", [script, *flags])
+        if script == "common.py":
+            module.parse_flags(module.make_parser(""))
+            continue
+        module.parse()
+        seen.add((script, *flags))
+        monkeypatch.setattr("sys.argv", [script, *flags, "--no-such-flag"])
+        with pytest.raises(UserError):
+            module.parse()
+    assert len(seen) > 30
+
+
+def test_the_loops_are_the_decks():
+    """Every setting in the deck's six tables, and both baselines."""
+    made = {(script, *flags) for _, script, *flags in commands()}
+    for script, flag, values in [
+            ("simclr_langevin.py", "--steps", "5 10 15 20"),
+            ("byol_langevin.py", "--steps", "5 10 15 20"),
+            ("simclr_langevin.py", "--alpha", "0.5 0.6 0.7"),
+            ("byol_langevin.py", "--alpha", "0.5 0.6 0.7"),
+            ("simclr_langevin.py", "--noise-std", "0.5 1.0 2.0"),
+            ("simclr_langevin.py", "--step-size", "5 10 20"),
+            ("byol_langevin.py", "--coeff", "0.001 0.01 0.1"),
+            ("simclr_disc.py", "--coeff", "0 0.001 0.01 0.1"),
+            ("byol_disc.py", "--coeff", "0 0.01 0.1 1.0")]:
+        assert {(script, flag, value) for value in values.split()} <= made

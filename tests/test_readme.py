@@ -10,7 +10,6 @@ from common import UserError
 from conftest import ROOT
 
 
-
 def commands():
     """Every line that runs a script, as its list of words; a block of the README is a bash script."""
     text = (ROOT / "README.md").read_text()

@@ -71,7 +71,8 @@ def make_parser(doc, training=True):
     add("--subset", type=number(int, 0), default=0,
         help="images to train on, without labels; 0: all. The probe has the labels of all")
     add("--width", type=number(int, 1), default=64, help="of all networks: their first channels")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, batches, views and samples")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the networks; auto: bf16 where the device computes in it natively")
@@ -587,7 +588,8 @@ def ebm_networks(args):
         module.to(args.device)
 
     def adam(lr, *modules):
-        return torch.optim.Adam((p for m in modules for p in m.parameters()), lr, betas=(0.0, 0.999))
+        return torch.optim.Adam((p for module in modules for p in module.parameters()), lr,
+                                betas=(0.0, 0.999))
 
     state = {"d": d, "rotation": rotation, "optimizer_d": adam(EBM_LR[0], d, rotation)}
     if args.ebm_objective == "ade":
@@ -640,8 +642,11 @@ def cd_step(x, weight, d, rotation, optimizer_d, replay):
 
 
 def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
-    """D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2), and `weight` times the
-    rotation loss, on images x and samples x_s (B, 3, 32, 32); returns the meters."""
+    """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
+
+    D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2), and `weight` times the
+    rotation loss.
+    """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
     gradient, = torch.autograd.grad(f.sum(), both, create_graph=True)
@@ -665,7 +670,7 @@ def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
 
 
 def rotation_loss(d, rotation, x):
-    """Which of four quarter turns? Cross entropy, a quarter of x turned in all ways (1811.11212)."""
+    """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
     x = x[:max(1, len(x) // 4)]
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
     turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
@@ -1116,7 +1121,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
 
 
 def beside_untrained(encoder, args, split="test"):
-    """What eval.json holds: the encoder's accuracies and an untrained one's; None without images."""
+    """The encoder's accuracies and an untrained one's, as in eval.json; None without images."""
     result = evaluate(encoder, args, split=split)
     if result is None:
         return None

@@ -96,7 +96,7 @@ def main():
             rows += evaluate_ebm(path, args)
         elif (path / "checkpoint.pt").exists():
             rows.append(evaluate_run(path, args))
-        elif path.suffix not in {".jsonl", ".png", ".partial", ".lock", ".new"}:        # they lie beside an EBM
+        elif path.suffix not in {".jsonl", ".png", ".partial", ".lock", ".new"}:  # beside an EBM
             raise UserError(f"{path}: not a run (it has no checkpoint.pt) and not an EBM (.pt)")
     show("", last=False)
     print(table([row for row in rows if row[1]], args.untrained, args.split))

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import byol_disc  # noqa: E402
-import simclr_disc  # noqa: E402
-from common import (Discriminator, augment, autocast, byol_loss, draw_shapes, langevin,  # noqa: E402
+import byol_disc
+import simclr_disc
+from common import (Discriminator, augment, autocast, byol_loss, draw_shapes, langevin,
                     linear_accuracy, mlp, move_average, nt_xent)
 
 BATCH, TAU = 128, 0.99
@@ -181,8 +181,8 @@ def augmentation(images, device):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batch = images[:512].to(device)
-    time_of = seconds({"ours": lambda: augment(batch), "PIL": lambda: [PIL(x) for x in images[:512]]},
-                      5, device)
+    time_of = seconds({"ours": lambda: augment(batch),
+                       "PIL": lambda: [PIL(x) for x in images[:512]]}, 5, device)
     torch.set_num_threads(threads)
     row("augmentation, one core", f"{512 / time_of['ours']:.0f} images/s",
         f"{time_of['PIL'] / time_of['ours']:.2f} x torchvision's on PIL images")

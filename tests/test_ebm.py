@@ -75,7 +75,7 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
 
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
-    """cd: a batch of 1000 leaves about 5 % of its chains and begins them anew, and keeps the ends."""
+    """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
     replay, starts, d = Replay(1000), [], Discriminator(4)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)

@@ -1,4 +1,4 @@
-"""Killed at any moment, short of disk, or two at once: what ends is what an unhindered run ends with."""
+"""Killed at any moment, short of disk, or two at once: it ends as an unhindered run does."""
 import itertools
 import json
 import os

@@ -70,7 +70,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("programs, flags, named", CASES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("programs, flags, named", CASES, ids=[flags for _, flags, _ in CASES])
 def test_a_mistake_is_one_line_and_writes_nothing(programs, flags, named, tmp_path, monkeypatch,
                                                   capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: one directory each, killed and resumed, and ended by a rank that fails."""
+"""Whole runs on two ranks: one directory, killed and resumed, and ended by a rank that fails."""
 import json
 import subprocess
 import sys

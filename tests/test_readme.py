@@ -11,7 +11,7 @@ from conftest import ROOT
 
 
 def commands():
-    """Every line that runs a script, as its list of words; a block of the README is a bash script."""
+    """Every line that runs a script, as a list of words; a block of the README is run by bash."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
     echo = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }\n"

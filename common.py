@@ -1126,7 +1126,7 @@ def beside_untrained(encoder, args, split="test"):
     if result is None:
         return None
     torch.manual_seed(args.seed)
-    untrained = Encoder(args.width).to(args.device)
+    untrained = type(encoder)(args.width).to(args.device)
     return {**result, "split": split, "untrained": evaluate(untrained, args, split=split)}
 
 

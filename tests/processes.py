@@ -34,7 +34,7 @@ def work(script, flags, directory, moment, environment):
     common.append, common.os.replace = mortal(common.append), mortal(os.replace)
     common.BLOCK = 1
     common.METRICS["linear"] = partial(common.linear_accuracy, epochs=2)
-    common.draw_shapes = partial(lambda draw, n, seed: draw(n // 10, seed), common.draw_shapes)
+    common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
     sys.argv = [script, *TINY, *flags]
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")

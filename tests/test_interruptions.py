@@ -11,7 +11,7 @@ from common import UserError
 from processes import run, start, wait
 
 RUN = ["--run-dir", "run"]
-BANK = [*RUN, "--use", "dataset", "--steps", "6", "--epochs", "2"]
+BANK = [*RUN, "--use", "dataset", "--steps", "6", "--subset", "64"]
 
 
 def tensors(directory):
@@ -64,7 +64,7 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
 
 
 def test_two_processes_cannot_be_at_one_run(tmp_path):
-    flags = [*RUN, "--coeff", "0", "--epochs", "40"]
+    flags = [*RUN, "--coeff", "0", "--epochs", "20"]
     both = [start("byol_disc", tmp_path, *flags) for _ in range(2)]
     assert sorted(map(wait, both)) == [0, 2]
     err = (tmp_path / "err").read_text()

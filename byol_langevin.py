@@ -18,9 +18,9 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, batch_statistics, byol_loss, distribute,
-                    generate, get_ebm, launch, lr_factor, make_parser, mlp, move_average, number,
-                    parse_flags, target_tau, training_images, z_std)
+from common import (Encoder, Run, UserError, augment, autocast, batch_statistics, byol_loss,
+                    distribute, generate, get_ebm, launch, lr_factor, make_parser, mlp,
+                    move_average, number, parse_flags, target_tau, training_images, z_std)
 
 
 class BYOL(nn.Module):
@@ -66,7 +66,8 @@ def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=256)
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
-                        help="weight of the third view; 0 is plain BYOL, without an EBM")
+                        help="weight of the third view; 0 is plain BYOL, without an EBM; "
+                             "not used by --use dataset")
     parser.add_argument("--steps", type=number(int, 0), default=15,
                         help="Langevin steps; more go further from the image; 0: I_0 alone")
     parser.add_argument("--step-size", type=number(float, 0), default=10,
@@ -86,7 +87,10 @@ def parse():
                         help="augment: one more ordinary view instead, a control without an EBM")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
                         help="the target's moving average at the start; larger moves slower")
-    return parse_flags(parser)
+    args = parse_flags(parser)
+    if args.use == "dataset" and args.view == "augment":
+        raise UserError("--view augment: there is no third view with --use dataset")
+    return args
 
 
 def main():
@@ -94,10 +98,11 @@ def main():
     run = Run(args)
     images = training_images(args).to(args.device)
     steps = run.steps(images)
-    f = get_ebm(images, args) if args.coeff > 0 and args.view == "langevin" else None
-    if f is not None:
+    generating = args.use == "dataset" or args.coeff > 0 and args.view == "langevin"
+    f = get_ebm(images, args) if generating else None
+    if generating:
         run.save_chain(f, images[:16])
-    if f is not None and args.use == "dataset":
+    if args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
         steps = run.steps(images)
     torch.manual_seed(args.seed)

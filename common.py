@@ -39,10 +39,6 @@ class UserError(Exception):
     """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
 
 
-class NoSplit(UserError):
-    """The data set has no such split."""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -52,7 +48,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite number of `kind` (int or float) in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
     parse.__name__ = kind.__name__
@@ -70,7 +66,8 @@ def make_parser(doc, training=True):
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
         help="images to train on, without labels; 0: all. The probe has the labels of all")
-    add("--width", type=number(int, 1), default=64, help="of all networks: their first channels")
+    add("--width", type=number(int, 1), default=64,
+        help="channels of each network's narrowest stage; the others grow with it")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -119,12 +116,12 @@ def parse_flags(parser, argv=None):
     turned = f"rotation={args.ebm_rotation}-" if args.ebm_rotation else ""
     args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-{turned}"
                             f"{args.ebm_iters}.pt")
-    for flag in {"run_dir", "ebm"} & vars(args).keys():
-        path = Path(getattr(args, flag))
-        parent = next(p for p in path.absolute().parents if p.exists())
+    if Path(args.ebm).suffix != ".pt":
+        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
+    for flag, path in [("--run-dir", getattr(args, "run_dir", ".")), ("--ebm", args.ebm)]:
+        parent = next(p for p in Path(path).absolute().parents if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise UserError(f"--{flag.replace('_', '-')} {path}: {parent} is not a directory to "
-                            "write in; name another")
+            raise UserError(f"{flag} {path}: {parent} is not a directory to write in")
     return args
 
 
@@ -158,21 +155,24 @@ def load_images(dataset, data_dir, split):
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
+    source = getattr(torchvision.datasets, dataset.upper())
+    parts = {"train": "train+unlabeled", "test": "test"} if dataset == "stl10" else {
+        "train": True, "test": False}
     try:
-        with alone_at(Path(data_dir) / dataset):                      # several ranks or runs ask
-            if dataset == "stl10":
-                parts = {"train": "train+unlabeled", "test": "test"}
-                data = torchvision.datasets.STL10(data_dir, parts[split], download=True)
-                images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
-                                    for part in np.array_split(data.data, 100)])
-                return images, torch.as_tensor(data.labels, dtype=torch.int64)
-            source = getattr(torchvision.datasets, dataset.upper())
-            data = source(data_dir, split == "train", download=True)
-            images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-            return images.contiguous(), torch.tensor(data.targets)
+        try:
+            data = source(data_dir, parts[split])
+        except RuntimeError:                                         # it is not there
+            with alone_at(Path(data_dir) / dataset):                 # several ranks or runs may ask
+                data = source(data_dir, parts[split], download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
+    if dataset == "stl10":
+        images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
+                            for part in np.array_split(data.data, 100)])
+        return images, torch.as_tensor(data.labels, dtype=torch.int64)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return images.contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):
@@ -182,19 +182,17 @@ def read_folder(root, split):
     """
     if not (root / "train").is_dir():
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    if not (root / split).is_dir():
-        raise NoSplit(f"--data-dir {root}: has no {split}/<class>/* to evaluate on")
     classes = subfolders(root / "train")
     if more := set(subfolders(root / split)) - set(classes):
         raise UserError(f"{root / split / min(more)}: no such class in {root / 'train'}; remove it")
     files, others, known = [], [], Image.registered_extensions()
     for label, name in enumerate(classes):
-        paths = [path for path in sorted((root / split / name).glob("[!.]*"))]
+        paths = sorted((root / split / name).glob("[!.]*"))
         found = [path for path in paths if path.suffix.lower() in known]
         if split == "train" and not found:
             raise UserError(f"{root / split / name}: has no image; add some, or remove the class")
         files += [(path, label) for path in found]
-        others += [path for path in paths if path not in found]
+        others += [path for path in paths if path.suffix.lower() not in known]
     if not files:
         raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
     if others:
@@ -207,6 +205,10 @@ def read_folder(root, split):
 
 def subfolders(root):
     return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+
+
+def has_test(args):
+    return args.dataset != "folder" or (Path(args.data_dir) / "test").is_dir()
 
 
 def read_image(path):
@@ -582,19 +584,15 @@ class Replay(nn.Module):
 
 def ebm_networks(args):
     """{name: module or optimizer} of an EBM in training; the names are those of the steps below."""
-    d, rotation = Discriminator(args.width), nn.Linear(4 * args.width, 4)
-    other = Generator(args.width) if args.ebm_objective == "ade" else Replay()
-    for module in (d, rotation, other):
-        module.to(args.device)
-
-    def adam(lr, *modules):
-        return torch.optim.Adam((p for module in modules for p in module.parameters()), lr,
-                                betas=(0.0, 0.999))
-
-    state = {"d": d, "rotation": rotation, "optimizer_d": adam(EBM_LR[0], d, rotation)}
-    if args.ebm_objective == "ade":
-        return {**state, "g": other, "optimizer_g": adam(EBM_LR[1], other)}
-    return {**state, "replay": other}
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.999))
+    d = Discriminator(args.width).to(args.device)
+    rotation = nn.Linear(d.dims["last"], 4).to(args.device)
+    state = {"d": d, "rotation": rotation,
+             "optimizer_d": adam([*d.parameters(), *rotation.parameters()], EBM_LR[0])}
+    if args.ebm_objective == "cd":
+        return {**state, "replay": Replay().to(args.device)}
+    g = Generator(args.width).to(args.device)
+    return {**state, "g": g, "optimizer_g": adam(g.parameters(), EBM_LR[1])}
 
 
 def ade_step(x, weight, d, rotation, optimizer_d, g, optimizer_g):
@@ -704,15 +702,15 @@ def train_ebm(images, args):
         if not abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4:
             raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
                             f"{row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
-                            f"{row['penalty']:.3g}; {checkpoint} holds iteration {start}, remove "
-                            "it to try another --seed or --precision")
+                            f"{row['penalty']:.3g}; {checkpoint} is of iteration {start}; try "
+                            "another --seed or --precision, in another --ebm")
         append(log, {"iteration": end, **row})
         save(checkpoint, in_progress, end, state)
         left = (time.time() - began) / (end - first) * (args.ebm_iters - end)
         last = end % (5 * BLOCK) == 0 or end == args.ebm_iters
         show(f"EBM {end}/{args.ebm_iters}  f(real) {row['f_real']:.2f}  f(sample) "
              f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
-             f"sample std {row['sample_std']:.2f}  {duration(left)} left", last)
+             f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
 
     d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
     with torch.no_grad():
@@ -753,7 +751,7 @@ def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
     saved = load(path)
     if "d" not in saved:
-        raise UserError(f"{path}: not an EBM; name one with --ebm")
+        raise UserError(f"{path}: not an EBM; name another")
     d = Discriminator(saved["config"]["width"])
     d.load_state_dict(saved["d"])
     return d.to(device).requires_grad_(False)
@@ -766,16 +764,18 @@ class Run:
     """One training run in its directory: resumes, seeds, logs, checkpoints, evaluates."""
 
     def __init__(self, args):
-        self.args, self.path, self.step, self.held = args, Path(args.run_dir), 0, None
+        self.args, self.path, self.step, self.lock = args, Path(args.run_dir), 0, None
+        set_up(args)
         self.config = {flag: v for flag, v in vars(args).items() if flag not in NEUTRAL}
         if (self.path / "config.json").exists():
             same_config(self.path, load_json(self.path / "config.json"), self.config)
         if (self.path / "eval.json").exists():
-            print(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
+            show(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
             sys.exit()
-        set_up(args)
-        if args.batch_size % world_size():
+        if args.batch_size % world_size() or args.batch_size < 2 * world_size():
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
+        if rank() == 0 and has_test(args):
+            load_images(args.dataset, args.data_dir, "test")             # its mistakes show now
         show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
 
     def steps(self, images):
@@ -787,12 +787,12 @@ class Run:
 
     def open(self):
         """Make the directory and, until this process ends, keep others out of it."""
-        if rank() > 0 or self.held is not None:
+        if rank() > 0 or self.lock is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self.held = os.open(self.path, os.O_RDONLY)
+        self.lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is at this run; wait for it, or name "
                             "another --run-dir") from None
@@ -816,8 +816,7 @@ class Run:
             yield self.epoch
             row = {"epoch": self.epoch, **mean_of(self.rows, world_size()), "lr": lr,
                    "images_per_s": self.speed()}
-            if not all(map(math.isfinite, row.values())):
-                self.stop_not_finite(lr)
+            self.stop_if_not_finite(row, state["model"])
             if rank() == 0:
                 if args.eval_every and self.epoch % args.eval_every == 0:
                     row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
@@ -825,7 +824,8 @@ class Run:
                 save(checkpoint, self.config, self.epoch, state)
             left = (time.time() - started) / (self.epoch - first) * (args.epochs - self.epoch)
             show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std "
-                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  {duration(left)} left")
+                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  "
+                 f"{timedelta(seconds=round(left))} left")
 
     def batches(self, images):
         """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
@@ -845,22 +845,26 @@ class Run:
         """Note a step's loss and terms, scalars; the epoch's line has their means."""
         self.rows.append({name: value.detach() for name, value in terms.items()})
 
-    def stop_not_finite(self, lr):
-        for step, row in enumerate(self.rows, 1):
-            row = {name: value.item() for name, value in row.items()}
-            if not all(map(math.isfinite, row.values())):
-                raise UserError(f"--lr {self.args.lr}: not finite at step {step} of epoch "
-                                f"{self.epoch}, lr {lr:.2g}, {row}; {self.path} holds the epoch "
-                                "before; try a smaller one in another --run-dir")
+    def stop_if_not_finite(self, row, model):
+        """Raise UserError where the epoch's means or the weights after it are not finite."""
+        if (all(map(math.isfinite, row.values()))
+                and all(p.isfinite().all() for p in model.parameters())):
+            return
+        rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
+        wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
+        step = wrong.index(True) if any(wrong) else len(rows) - 1
+        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch {self.epoch}, "
+                        f"lr {row['lr']:.2g}, {rows[step]}; {self.path} holds the epoch before; try "
+                        "a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
         """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
 
         langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
         """
-        args, log, picture = self.args, self.path / "log.jsonl", self.path / "langevin.png"
+        args, log = self.args, self.path / "log.jsonl"
         self.open()
-        if rank() > 0 or picture.exists():
+        if rank() > 0 or log.exists() and '"chain"' in log.read_text():
             return
         torch.manual_seed(args.seed)
         marks = sorted({0, *range(5, args.steps, 5), args.steps})
@@ -871,13 +875,14 @@ class Run:
                 image = langevin(f, image, mark - done, **sampler(args))
                 rows.append(image)
             energies = [f(image).float().mean().item() for image in [x, *rows]]
-        errors = [(image - x).square().mean((1, 2, 3)) for image in rows]
+        errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
         chain = {"steps": marks, "psnr": [-10 * e.log10().mean().item() for e in errors],
                  "f": energies[1:], "f_of_x": energies[0]}
+        write(self.path / "langevin.png",
+              partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
         log.unlink(missing_ok=True)
         start_log(log, "epoch", 0)
         append(log, {"chain": chain})
-        write(picture, partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
         f_0, f_end, psnr_0, psnr_end = (chain[k][i] for k in ("f", "psnr") for i in (0, -1))
         show(f"Langevin: noise std {sampler(args)['noise_std']:g} of the pixel range; "
              f"f(x) {chain['f_of_x']:.2f}; I_0: f {f_0:.2f}, {psnr_0:.1f} dB to x; "
@@ -933,6 +938,8 @@ def write(path, save):
     beside = path.with_name(f"{path.name}.new")
     try:
         save(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:              # torch's is a RuntimeError
         beside.unlink(missing_ok=True)
@@ -954,6 +961,9 @@ def alone_at(path):
         lock.unlink(missing_ok=True)
 
 
+REMEDY = "name another, or remove it if it is one of ours, damaged"
+
+
 def load(path):
     """The checkpoint or EBM in the file `path`; UserError where it is neither."""
     if not Path(path).exists():
@@ -962,9 +972,9 @@ def load(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: not a whole file of ours ({reason}); remove it") from None
+        raise UserError(f"{path}: not a whole file of ours ({reason}); {REMEDY}") from None
     if not (isinstance(saved, dict) and "config" in saved):
-        raise UserError(f"{path}: not a whole file of ours (it has no config); remove it")
+        raise UserError(f"{path}: not a whole file of ours (it has no config); {REMEDY}")
     return saved
 
 
@@ -1011,7 +1021,7 @@ def load_json(path):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole file of ours ({error}); remove it") from None
+        raise UserError(f"{path}: not a whole file of ours ({error}); {REMEDY}") from None
 
 
 def append(path, row):
@@ -1026,10 +1036,6 @@ def show(line, last=True):
             print("\r\033[K" + line, end="\n" if last else "", flush=True)
         elif last:
             print(line, flush=True)
-
-
-def duration(seconds):
-    return str(timedelta(seconds=round(seconds)))
 
 
 # --- Evaluation: frozen features, once, in evaluation mode -----------------------------------
@@ -1105,12 +1111,10 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
         held_out, kept = order.tensor_split([len(order) // 10])
         train, test = [x[kept] for x in train], [x[held_out] for x in train]
+    elif has_test(args):
+        test = load_images(args.dataset, args.data_dir, "test")
     else:
-        try:
-            test = load_images(args.dataset, args.data_dir, "test")
-        except NoSplit as error:
-            show(f"not evaluated: {error}")
-            return None
+        return show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
     data = []
     for images, labels in (train, test):
         labeled = labels >= 0
@@ -1135,13 +1139,13 @@ def beside_untrained(encoder, args, split="test"):
 
 def set_up(args):
     """Join the ranks that torchrun started, if it did, and check the device."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))    # rank 0 may train an EBM
-        if backend == "nccl":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
     try:
+        if "RANK" in os.environ and not dist.is_initialized():
+            backend = "nccl" if args.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may train an EBM
+            if backend == "nccl":
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None

@@ -5,8 +5,8 @@
     python linear_eval.py runs/ebm-*.pt                 # the features of an EBM's discriminator
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
-probe learns from the labels of the images that the run trained on. Runs that differ in their seed
-alone share a row: mean, standard deviation and number of runs.
+probe learns from the labels of all training images, whatever --subset. Runs that differ in their
+seed alone share a row: mean, standard deviation and number of runs.
 """
 import argparse
 from pathlib import Path
@@ -45,7 +45,7 @@ def evaluate_ebm(path, flags):
     for layers in ["last", "all"]:
         show(f"evaluating {path}, {layers}", last=False)
         result = evaluate(network, args, lambda x: network.features(x, layers), split=flags.split)
-        yield {"script": path.stem, "layers": layers}, result
+        yield {"script": str(path), "layers": layers}, result
 
 
 def table(rows, untrained, split):
@@ -91,11 +91,13 @@ def main():
     args = parser.parse_args()
     set_up(args)
     rows = []
-    for path in args.paths:
+    for path in dict.fromkeys(args.paths):
         if path.suffix == ".pt":
             rows += evaluate_ebm(path, args)
         elif (path / "checkpoint.pt").exists():
             rows.append(evaluate_run(path, args))
+        elif (path / "config.json").exists():
+            show(f"{path}: left out, its first epoch is not done")
         elif path.suffix not in {".jsonl", ".png", ".partial", ".lock", ".new"}:  # beside an EBM
             raise UserError(f"{path}: not a run (it has no checkpoint.pt) and not an EBM (.pt)")
     show("", last=False)

@@ -15,9 +15,9 @@
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, batch_statistics, distribute, generate,
-                    get_ebm, launch, lr_factor, make_parser, mlp, nt_xent, number, parse_flags,
-                    training_images, z_std)
+from common import (Encoder, Run, UserError, augment, autocast, batch_statistics, distribute,
+                    generate, get_ebm, launch, lr_factor, make_parser, mlp, nt_xent, number,
+                    parse_flags, training_images, z_std)
 
 
 class SimCLR(nn.Module):
@@ -52,7 +52,8 @@ def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
-                        help="weight of the third view; 0 is plain SimCLR, without an EBM")
+                        help="weight of the third view; 0 is plain SimCLR, without an EBM; "
+                             "not used by --use dataset")
     parser.add_argument("--steps", type=number(int, 0), default=15,
                         help="Langevin steps; more go further from the image; 0: I_0 alone")
     parser.add_argument("--step-size", type=number(float, 0), default=10,
@@ -72,7 +73,10 @@ def parse():
                         help="augment: one more ordinary view instead, a control without an EBM")
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
                         help="of the softmax; smaller weighs the hardest negatives more")
-    return parse_flags(parser)
+    args = parse_flags(parser)
+    if args.use == "dataset" and args.view == "augment":
+        raise UserError("--view augment: there is no third view with --use dataset")
+    return args
 
 
 def main():
@@ -80,10 +84,11 @@ def main():
     run = Run(args)
     images = training_images(args).to(args.device)
     steps = run.steps(images)
-    f = get_ebm(images, args) if args.coeff > 0 and args.view == "langevin" else None
-    if f is not None:
+    generating = args.use == "dataset" or args.coeff > 0 and args.view == "langevin"
+    f = get_ebm(images, args) if generating else None
+    if generating:
         run.save_chain(f, images[:16])
-    if f is not None and args.use == "dataset":
+    if args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
         steps = run.steps(images)
     torch.manual_seed(args.seed)

@@ -3,8 +3,8 @@
 Full-width networks, batches of 128 images, five minutes on two CPU cores. Every row is the median
 of its rounds; the rounds take turns, so that a slow spell of the machine meets all rows alike. The
 plain implementation is what one would write first: torchvision's transforms on PIL images in two
-DataLoader workers, fp32, channels first, a forward pass for each view. Rates are of the operations
-that a direct convolution takes; a library may need fewer, and so pass 100 % of the matrix product.
+DataLoader workers, fp32, channels first. Rates are of the operations that a direct convolution takes;
+a library may need fewer, and so pass 100 % of the matrix product.
 """
 import argparse
 import resource
@@ -109,14 +109,15 @@ def our_step(images, byol, args):
 
 def encoder_passes(images, method, byol, args):
     """A function that takes two views of a batch through the encoders alone, there and back."""
-    views = torch.cat([augment(images[:BATCH]), augment(images[:BATCH])])
+    views = [augment(images[:BATCH]), augment(images[:BATCH])]
 
     def passes():
         with autocast(args):
-            features = method.encoder(views)
+            features = torch.cat([method.encoder(view) for view in views])
             if byol:
                 with torch.no_grad():
-                    method.target_encoder(views)
+                    for view in views:
+                        method.target_encoder(view)
         method.zero_grad()
         features.backward(torch.ones_like(features))
     return passes

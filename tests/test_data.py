@@ -1,7 +1,10 @@
 """Image folders, drawn shapes, subsets."""
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from common import (UserError, draw_shapes, load_images, make_parser, parse_flags,
@@ -53,6 +56,14 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
     assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
     assert "1 left out that are no images, " in capsys.readouterr().out
+
+
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
+    def source(root, part, download=False):
+        raise URLError("no route") if download else RuntimeError("not found")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", source)
+    with pytest.raises(UserError, match="--dataset cifar10: cannot download it .*no route"):
+        load_images("cifar10", str(tmp_path / "new"), "train")
 
 
 def test_folder_names_what_is_wrong(folder):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import Encoder, draw_shapes, extract_features, knn_accuracy, linear_accuracy
 
@@ -42,6 +43,26 @@ def test_knn_equals_loops(k, temperature):
     assert ours == pytest.approx(knn_in_loops(train_x, train_y, test_x, test_y, k, temperature))
     assert 50 < ours < 100
     assert knn_accuracy(train_x, train_y.roll(1), test_x, test_y, k, temperature) < 50
+
+
+def test_linear_probe_equals_its_protocol():
+    """Adam from 1e-2, weight decay 5e-6, down to 1e-6 by a factor an epoch; here three epochs."""
+    x, y = torch.randn(2500, 6), torch.randint(3, (2500,))
+
+    def probe(decay):
+        w, b = torch.zeros(3, 6, requires_grad=True), torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.Adam([w, b], weight_decay=5e-6)
+        shuffled = torch.Generator().manual_seed(0)
+        for epoch in range(3):
+            optimizer.param_groups[0]["lr"] = 1e-2 * decay ** (epoch / 3)
+            for index in torch.randperm(2500, generator=shuffled).split(1000):
+                optimizer.zero_grad()
+                F.cross_entropy(x[index] @ w.T + b, y[index]).backward()
+                optimizer.step()
+        return 100 * ((x @ w.T + b).argmax(1) == y).float().mean().item()
+
+    assert linear_accuracy(x, y, x, y, epochs=3) == pytest.approx(probe(1e-4), abs=0.05)
+    assert probe(1e-4) != pytest.approx(probe(1), abs=0.05)
 
 
 def test_linear_probe_finds_a_linear_rule_and_nothing_else():

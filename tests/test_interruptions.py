@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -24,6 +25,11 @@ def tensors(directory):
 def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+def await_file(path):
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
@@ -54,8 +60,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
 
 
 def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
-    first, second = (start(script, tmp_path, "--run-dir", script, "--ebm-iters", "60")
-                     for script in ("simclr_disc", "byol_disc"))
+    first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "60")
+    await_file(tmp_path / "ebm.partial")
+    second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "60")
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
     assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 16
     out = (tmp_path / "out").read_text()
@@ -64,9 +71,10 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
 
 
 def test_two_processes_cannot_be_at_one_run(tmp_path):
-    flags = [*RUN, "--coeff", "0", "--epochs", "20"]
-    both = [start("byol_disc", tmp_path, *flags) for _ in range(2)]
-    assert sorted(map(wait, both)) == [0, 2]
+    flags = [*RUN, "--coeff", "0", "--epochs", "60"]
+    first = start("byol_disc", tmp_path, *flags)
+    await_file(tmp_path / "run" / "checkpoint.pt")
+    assert run("byol_disc", tmp_path, *flags) == 2 and wait(first) == 0
     err = (tmp_path / "err").read_text()
     assert err.startswith("error: run: another process is at this run") and err.count("\n") == 1
 

@@ -126,12 +126,23 @@ def test_a_generated_view_leaves_the_running_statistics_alone(script, monkeypatc
         method = make(script, **flags)
         torch.manual_seed(2)
         method(x)
-        return torch.cat([b.flatten().float() for _, b in method.encoder.named_buffers()])
+        return torch.cat([b.flatten().float() for b in method.buffers()])
 
     plain = buffers(coeff=0)
     assert torch.equal(buffers(), plain)
     monkeypatch.setattr(script, "batch_statistics", lambda _: nullcontext())
     assert not torch.equal(buffers(), plain)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_view_passes_in_a_batch_of_its_own(script, views):
+    """The second view's statistics move the running mean by a tenth, after the first's did."""
+    method = make(script, coeff=0)
+    convolution, norm = deepcopy(method.encoder.net[0]), method.encoder.net[1]
+    method(None)
+    mean = [convolution((view - 0.5) / 0.25).mean((0, 2, 3)) for view in views]
+    assert torch.allclose(norm.running_mean, 0.09 * mean[0] + 0.1 * mean[1], atol=1e-5)
+    assert not torch.allclose(norm.running_mean, 0.05 * (mean[0] + mean[1]), atol=1e-5)
 
 
 @pytest.mark.parametrize("pair", [(simclr_disc, simclr_langevin), (byol_disc, byol_langevin)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import Discriminator, Run
+from common import Discriminator, Run, UserError
 from conftest import ROOT
 
 TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
@@ -44,7 +44,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert status == 0, err
     run = directory / "run"
     names = sorted(path.name for path in run.iterdir())
-    assert names == ["checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
+    assert names == [".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
     header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0].endswith("byol_disc.py") and header["torch"] == torch.__version__
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
@@ -94,9 +94,9 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
 
 def test_chain_of_a_langevin_run(tmp_path):
     """I_0 has the error of its noise; steps of noise alone add theirs; the picture shows them."""
-    args = SimpleNamespace(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32", seed=0,
-                           batch_size=8, alpha=0.6, steps=12, step_size=0.0, noise_std=1.0,
-                           noise_unit=0.02, grad_clip=0.01)
+    args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
+                           device="cpu", precision="fp32", batch_size=8, alpha=0.6, steps=12,
+                           step_size=0.0, noise_std=1.0, noise_unit=0.02, grad_clip=0.01)
     x, f = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8), Discriminator(4)
     Run(args).save_chain(f, x)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
@@ -110,6 +110,25 @@ def test_chain_of_a_langevin_run(tmp_path):
         assert picture.size == (64 * 34 + 2, 5 * 34 + 2)
 
 
+@pytest.mark.parametrize("when", ["at its second step", "after its last"])
+def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
+    """Whether a loss says so, or only the weights that the last step leaves."""
+    args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
+                           device="cpu", precision="fp32", batch_size=8, epochs=2, lr=1.0,
+                           eval_every=0)
+    run, model = Run(args), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(UserError, match="not finite at step 2 of epoch 2, lr 1, .* epoch before"):
+        for epoch in run.epochs(model=model, optimizer=optimizer):
+            for step in (1, 2):
+                loss = float("nan") if (epoch, step, when[:2]) == (2, 2, "at") else 1.0
+                run.log(loss=torch.tensor(loss), z_std=torch.tensor(1.0))
+            if epoch == 2 and when.startswith("after"):
+                model.weight.data[0, 0] = float("inf")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["done"] == 1 and saved["model"]["weight"].isfinite().all()
+
+
 def test_table_of_runs_and_ebm(whole):
     command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.jsonl", "--untrained"]
     table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
@@ -121,4 +140,4 @@ def test_table_of_runs_and_ebm(whole):
         assert " | ".join([*cells, "1 |"]) in line
     labels = [line.split(" | ")[0] for line in lines[2:6]]
     assert labels == ["| byol_disc layers=last", "| byol_disc layers=last, untrained encoder",
-                      "| ebm layers=last", "| ebm layers=all"]
+                      "| ebm.pt layers=last", "| ebm.pt layers=all"]

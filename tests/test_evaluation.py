@@ -1,11 +1,14 @@
 """Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 from common import Encoder, draw_shapes, extract_features, knn_accuracy, linear_accuracy
+from linear_eval import table
 
 
 def test_the_backbone_stays_frozen():
@@ -76,3 +79,35 @@ def test_raw_pixels_do_not_give_the_shapes_away():
     (train_x, train_y), (test_x, test_y) = draw_shapes(2000, seed=0), draw_shapes(1000, seed=1)
     pixels = [train_x.flatten(1) / 255 - 0.5, train_y, test_x.flatten(1) / 255 - 0.5, test_y]
     assert linear_accuracy(*pixels, epochs=50) < 15 and knn_accuracy(*pixels, k=5) < 40
+
+
+def test_table_joins_seeds_and_nothing_else():
+    """Rows that differ in the seed alone: mean, sample standard deviation, n; another flag parts."""
+    def run(seed, coeff, linear):
+        accuracies = {"linear": linear, "knn5": 30.0, "knn_cosine": 40.0}
+        return ({"script": "byol_disc", "seed": seed, "coeff": coeff, "epochs": 5},
+                {**accuracies, "untrained": {**accuracies, "linear": 10.0 + seed}})
+
+    lines = table([run(0, 0.1, 50.0), run(1, 0.1, 54.0), run(0, 1.0, 60.0)], True, "test")
+    lines = lines.splitlines()
+    assert lines[2] == "| byol_disc coeff=0.1 | 52.00 ± 2.83 | 30.00 ± 0.00 | 40.00 ± 0.00 | 2 |"
+    assert lines[3].startswith("| byol_disc coeff=0.1, untrained encoder | 10.50 ± 0.71 |")
+    assert lines[4] == "| byol_disc coeff=1.0 | 60.00 | 30.00 | 40.00 | 1 |"
+    assert lines[-1] == "Accuracy in %, test split. All: script=byol_disc, epochs=5"
+
+
+def test_split_val_holds_training_images_out(monkeypatch):
+    """A tenth of the training images, never seen by the probe, and no test image at all."""
+    images, labels = draw_shapes(200, seed=3)
+    images[:, :, 0, 0] = torch.arange(200, dtype=torch.uint8)[:, None]  # each is recognisable
+    asked, seen = [], []
+    monkeypatch.setattr(common, "load_images", lambda *_: asked.append(_[2]) or (images, labels))
+    monkeypatch.setitem(common.METRICS, "linear", lambda *data: seen.append(data) or 0.0)
+    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
+    encoder = Encoder(4)
+    result = common.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
+    train_x, train_y, val_x, val_y = seen[0]
+    both = torch.cat([train_x, val_x]).round().flatten().long()
+    assert asked == ["train"] and result == {"linear": 0.0}
+    assert len(val_x) == len(val_y) == 20 and sorted(both.tolist()) == list(range(200))
+    assert torch.equal(torch.cat([train_y, val_y]), labels[both])

@@ -7,7 +7,7 @@
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
     E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
 
-    python byol_disc.py --smoke             # all of it on drawn shapes, 1 min 30 s on two CPU cores
+    python byol_disc.py --smoke             # all of it on drawn shapes, 1 min 40 s on two CPU cores
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
     python byol_disc.py --coeff 0           # its baseline: 90.20 %
 """

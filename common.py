@@ -853,9 +853,9 @@ class Run:
         rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
         wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
         step = wrong.index(True) if any(wrong) else len(rows) - 1
-        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch {self.epoch}, "
-                        f"lr {row['lr']:.2g}, {rows[step]}; {self.path} holds the epoch before; try "
-                        "a smaller one in another --run-dir")
+        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
+                        f"{self.epoch}, lr {row['lr']:.2g}, {rows[step]}; {self.path} holds the "
+                        "epoch before; try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
         """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.

@@ -1,10 +1,10 @@
 """One table of speeds, each beside what it is to be compared with: python tests/benchmark.py
 
 Full-width networks, batches of 128 images, five minutes on two CPU cores. Every row is the median
-of its rounds; the rounds take turns, so that a slow spell of the machine meets all rows alike. The
-plain implementation is what one would write first: torchvision's transforms on PIL images in two
-DataLoader workers, fp32, channels first. Rates are of the operations that a direct convolution takes;
-a library may need fewer, and so pass 100 % of the matrix product.
+of its rounds; the rounds take turns, so that a slow spell of the machine meets all rows alike.
+The plain implementation is what one would write first: torchvision's transforms on PIL images in
+two DataLoader workers, fp32, channels first. Rates are of the operations that a direct
+convolution takes; a library may need fewer, and so pass 100 % of the matrix product.
 """
 import argparse
 import resource

@@ -82,7 +82,7 @@ def test_raw_pixels_do_not_give_the_shapes_away():
 
 
 def test_table_joins_seeds_and_nothing_else():
-    """Rows that differ in the seed alone: mean, sample standard deviation, n; another flag parts."""
+    """Rows that differ in the seed alone: mean, standard deviation, n; another flag parts them."""
     def run(seed, coeff, linear):
         accuracies = {"linear": linear, "knn5": 30.0, "knn_cosine": 40.0}
         return ({"script": "byol_disc", "seed": seed, "coeff": coeff, "epochs": 5},

@@ -57,9 +57,9 @@ def number(kind, low, high=math.inf):
 
 def make_parser(doc, training=True):
     """A parser with the flags that all scripts share; `doc` is the script's docstring."""
-    parser = Parser(description=doc.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
         choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
     add("--data-dir", default="data",
@@ -73,16 +73,18 @@ def make_parser(doc, training=True):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="of the networks; auto: bf16 where the device computes in it natively")
-    add("--ebm", default="", help="file of the EBM, made if missing; empty: in runs/, by its flags")
+    add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
+    add = parser.add_argument_group("energy-based model (EBM)").add_argument
+    add("--ebm", default="", help="its file, made if missing; empty: in runs/, by its flags")
     add("--ebm-iters", type=number(int, 0), default=20000,
-        help="training iterations of the EBM; 0 leaves it untrained, a control")
+        help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade", "cd"], default="ade",
         help="f's negatives: ade: a generator's images after five Langevin steps; cd: long chains")
     add("--ebm-rotation", type=number(float, 0), default=0,
         help="weight of a rotation loss in D's training, 0.2 of it in G's; 0: none")
-    add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
     if not training:
         return parser
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=256, help="images a step, over all devices")
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
@@ -1209,7 +1211,7 @@ def autocast(args):
 
 
 def main():
-    args = parse_flags(make_parser(__doc__, training=False))
+    args = parse_flags(make_parser("Train the EBM alone; a script finds it.", training=False))
     set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")

@@ -1,13 +1,13 @@
 """BYOL with the features of a pretrained discriminator as a third view.
 
-    v1, v2, v3 = three independent augmentations of a batch
+    v1, v2, v3 = three independent augmentations of a batch x
     p_i = q(g(E(v_i))),  t_i = g'(E'(v_i))                         for i = 1, 2              (1)
     p_3 = q(g_D(D(v3))), t_3 = g_D'(D(v3))                         D: frozen features        (2)
     pair(a, b) = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)         2 - 2 cos, both ways      (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
     E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
 
-    python byol_disc.py --smoke             # all of it on drawn shapes, 1 min 40 s on two CPU cores
+    python byol_disc.py --smoke             # all of it on drawn shapes, on a CPU
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
     python byol_disc.py --coeff 0           # its baseline: 90.20 %
 """
@@ -16,8 +16,8 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, byol_loss, distribute, get_ebm, launch,
-                    lr_factor, make_parser, mlp, move_average, number, parse_flags, target_tau,
+from common import (Encoder, Run, augment, autocast, byol_loss, distribute, ema_update, get_ebm,
+                    launch, lr_factor, make_parser, mlp, number, parse_flags, target_tau,
                     training_images, z_std)
 
 
@@ -38,7 +38,8 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
-        z1, z2 = self.projector(self.encoder(v1)), self.projector(self.encoder(v2))
+        z1 = self.projector(self.encoder(v1))
+        z2 = self.projector(self.encoder(v2))
         p1, p2 = self.predictor(z1), self.predictor(z2)                   # eq. (1)
         with torch.no_grad():
             t1 = self.target_projector(self.target_encoder(v1))
@@ -47,8 +48,9 @@ class BYOL(nn.Module):
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
+        v3 = augment(x)                                                   # (B, 3, H, W)
         with torch.no_grad():
-            h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
+            h3 = self.discriminator.features(v3, self.layers)             # (B, C)
             t3 = self.target_view_projector(h3)
         p3 = self.predictor(self.view_projector(h3))                      # eq. (2)
         pair13 = byol_loss(p1, t3) + byol_loss(p3, t1)
@@ -56,22 +58,23 @@ class BYOL(nn.Module):
         loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
         return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z1)}
 
-    def move_target(self, tau):
-        move_average(self.target_encoder, self.encoder, tau)              # eq. (5)
-        move_average(self.target_projector, self.projector, tau)
+    def update_target(self, tau):
+        ema_update(self.target_encoder, self.encoder, tau)                # eq. (5)
+        ema_update(self.target_projector, self.projector, tau)
         if self.coeff > 0:
-            move_average(self.target_view_projector, self.view_projector, tau)
+            ema_update(self.target_view_projector, self.view_projector, tau)
 
 
 def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=256)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view; 0 is plain BYOL, without a discriminator")
+                        help="weight of the third view; 0 is plain BYOL, without an EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
                         help="stages of the discriminator whose pooled maps are the third view")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="the target's moving average at the start; larger moves slower")
+                        help="the target's moving-average rate at the start, rising to 1; larger "
+                             "moves slower")
     return parse_flags(parser)
 
 
@@ -79,26 +82,26 @@ def main():
     args = parse()
     run = Run(args)
     images = training_images(args).to(args.device)
-    steps = run.steps(images)
+    total_steps = run.total_steps(images)
     discriminator = get_ebm(images, args) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
-    method = BYOL(args, discriminator).to(args.device)
-    model = distribute(method)
-    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
+    model = BYOL(args, discriminator).to(args.device)
+    ddp = distribute(model)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
-    for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8
             with autocast(args):
-                loss, terms = model(x)
+                loss, terms = ddp(x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            method.move_target(target_tau(args.tau, run.step / steps))
+            model.update_target(target_tau(args.tau, run.step / total_steps))
             run.log(loss=loss, **terms)
-    run.evaluate(method.encoder)
+    run.evaluate(model.encoder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """BYOL with images made by Langevin dynamics on an energy-based model as a third view.
 
     v1, v2 = two independent augmentations of a batch x
-    I_0 = alpha * x + (1 - alpha) * U(0, 1),  I <- I + step_size * grad f(I) + N(0, noise_std^2)
-    v3 = augment(I), after `steps` steps                                                     (1)
+    I_0 = alpha * x + (1 - alpha) * U(0, 1);  then `steps` times, grad f and I being clamped,
+    I <- I + step_size * grad f(I) + N(0, (noise_std * noise_unit)^2)
+    v3 = augment(I)                                                                          (1)
     p_i = q(g(E(v_i))),  t_i = g'(E'(v_i))                         for i = 1, 2, 3           (2)
     pair(a, b) = byol_loss(p_a, t_b) + byol_loss(p_b, t_a)         2 - 2 cos, both ways      (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
@@ -19,8 +20,8 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, UserError, augment, autocast, batch_statistics, byol_loss,
-                    distribute, generate, get_ebm, launch, lr_factor, make_parser, mlp,
-                    move_average, number, parse_flags, target_tau, training_images, z_std)
+                    distribute, ema_update, generate, get_ebm, launch, lr_factor, make_parser, mlp,
+                    number, parse_flags, target_tau, training_images, z_std)
 
 
 class BYOL(nn.Module):
@@ -37,7 +38,8 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
-        z1, z2 = self.projector(self.encoder(v1)), self.projector(self.encoder(v2))
+        z1 = self.projector(self.encoder(v1))
+        z2 = self.projector(self.encoder(v2))
         p1, p2 = self.predictor(z1), self.predictor(z2)                   # eq. (2)
         with torch.no_grad():
             t1 = self.target_projector(self.target_encoder(v1))
@@ -46,8 +48,8 @@ class BYOL(nn.Module):
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        image = x if self.f is None else generate(self.f, x, self.args)   # eq. (1)
-        v3 = augment(image)                                               # (B, 3, H, W)
+        image = x if self.f is None else generate(self.f, x, self.args)   # (B, 3, H, W)
+        v3 = augment(image)                                               # eq. (1)
         with batch_statistics(self):
             p3 = self.predictor(self.projector(self.encoder(v3)))
             with torch.no_grad():
@@ -57,9 +59,9 @@ class BYOL(nn.Module):
         loss = pair12 + self.coeff * (pair13 + pair23) / 2                # eq. (4)
         return loss, {"pair12": pair12, "pair13": pair13, "pair23": pair23, "z_std": z_std(z1)}
 
-    def move_target(self, tau):
-        move_average(self.target_encoder, self.encoder, tau)              # eq. (5)
-        move_average(self.target_projector, self.projector, tau)
+    def update_target(self, tau):
+        ema_update(self.target_encoder, self.encoder, tau)                # eq. (5)
+        ema_update(self.target_projector, self.projector, tau)
 
 
 def parse():
@@ -71,11 +73,11 @@ def parse():
     parser.add_argument("--steps", type=number(int, 0), default=15,
                         help="Langevin steps; more go further from the image; 0: I_0 alone")
     parser.add_argument("--step-size", type=number(float, 0), default=10,
-                        help="of the gradient of f; 0: noise alone")
+                        help="factor on the gradient of f; larger climbs faster; 0: noise alone")
     parser.add_argument("--noise-std", type=number(float, 0), default=1.0,
-                        help="of a step's noise, in units of --noise-unit")
+                        help="std of the noise of a step, in units of --noise-unit")
     parser.add_argument("--noise-unit", type=number(float, 0), default=0.005,
-                        help="noise of std 1 as a share of the pixel range; 1 drowns the image")
+                        help="std 1 as a share of the pixel range; at 1 noise drowns the image")
     parser.add_argument("--grad-clip", type=number(float, 0), default=0.01,
                         help="bound on each pixel's gradient; larger lets f move further")
     parser.add_argument("--alpha", type=number(float, 0, 1), default=0.6,
@@ -86,7 +88,8 @@ def parse():
     parser.add_argument("--view", choices=["langevin", "augment"], default="langevin",
                         help="augment: one more ordinary view instead, a control without an EBM")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="the target's moving average at the start; larger moves slower")
+                        help="the target's moving-average rate at the start, rising to 1; larger "
+                             "moves slower")
     args = parse_flags(parser)
     if args.use == "dataset" and args.view == "augment":
         raise UserError("--view augment: there is no third view with --use dataset")
@@ -97,32 +100,32 @@ def main():
     args = parse()
     run = Run(args)
     images = training_images(args).to(args.device)
-    steps = run.steps(images)
-    generating = args.use == "dataset" or args.coeff > 0 and args.view == "langevin"
+    total_steps = run.total_steps(images)
+    generating = args.use == "dataset" or (args.coeff > 0 and args.view == "langevin")
     f = get_ebm(images, args) if generating else None
-    if generating:
+    if f is not None:
         run.save_chain(f, images[:16])
     if args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
-        steps = run.steps(images)
+        total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
-    method = BYOL(args, f).to(args.device)
-    model = distribute(method)
-    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
+    model = BYOL(args, f).to(args.device)
+    ddp = distribute(model)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
-    for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8
             with autocast(args):
-                loss, terms = model(x)
+                loss, terms = ddp(x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            method.move_target(target_tau(args.tau, run.step / steps))
+            model.update_target(target_tau(args.tau, run.step / total_steps))
             run.log(loss=loss, **terms)
-    run.evaluate(method.encoder)
+    run.evaluate(model.encoder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the four experiments share, in the order in which the data flows.
 
-Flags, data, augmentation, networks, the Langevin sampler, losses, the energy-based model (EBM),
-runs, evaluation, several devices. Outside a network images are in [0, 1], or uint8 at rest.
+Flags, data, augmentation, networks, the Langevin sampler, losses, optimisation, the energy-based
+model (EBM), files, runs, evaluation, several devices. Outside a network images are in [0, 1], or
+uint8 at rest.
 
     python common.py --ebm-iters 4000       # train the EBM alone (a script does it if needed)
 """
@@ -39,7 +40,16 @@ class UserError(Exception):
     """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        without = action.default is None or action.default is False or action.default == ""
+        return action.help if without else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False, formatter_class=Help)
+
     def error(self, message):
         raise UserError(message)
 
@@ -49,7 +59,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number in [{low}, {high}]")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -57,36 +67,36 @@ def number(kind, low, high=math.inf):
 
 def make_parser(doc, training=True):
     """A parser with the flags that all scripts share; `doc` is the script's docstring."""
-    parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]")
     add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
         choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
     add("--data-dir", default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
-        help="images to train on, without labels; 0: all. The probe has the labels of all")
+        help="train on this many images; 0: all. The probe has the labels of all")
     add("--width", type=number(int, 1), default=64,
         help="channels of each network's narrowest stage; the others grow with it")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of weights, batches, views and samples")
+        help="random seed of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="of the networks; auto: bf16 where the device computes in it natively")
+        help="number format in the networks; auto: bf16 where the device has it natively")
     add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
     add("--ebm", default="", help="its file, made if missing; empty: in runs/, by its flags")
     add("--ebm-iters", type=number(int, 0), default=20000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade", "cd"], default="ade",
-        help="f's negatives: ade: a generator's images after five Langevin steps; cd: long chains")
+        help="f's negatives: ade: a generator's images, refined by five Langevin steps; "
+             "cd: persistent chains from a replay buffer")
     add("--ebm-rotation", type=number(float, 0), default=0,
         help="weight of a rotation loss in D's training, 0.2 of it in G's; 0: none")
     if not training:
         return parser
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
-    add("--batch-size", type=number(int, 2), default=256, help="images a step, over all devices")
+    add("--batch-size", type=number(int, 2), default=256, help="images per step, on all devices")
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
     add("--schedule", choices=["step", "cosine"], default="step",
         help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
@@ -98,7 +108,7 @@ def make_parser(doc, training=True):
 
 SMOKE = dict(dataset="synthetic", subset=4000, width=16, epochs=10, batch_size=64,
              schedule="cosine", ebm_iters=50)
-NEUTRAL = {"run_dir", "device", "eval_every"}             # these leave a result as it is
+NEUTRAL = {"run_dir", "device", "eval_every"}             # no part of what a run is
 
 
 def parse_flags(parser, argv=None):
@@ -356,7 +366,7 @@ def resampling(start, size, n):
     return weight / weight.sum(2, keepdim=True)
 
 
-# --- Networks: each takes images in [0, 1] and normalises them itself ------------------------
+# --- Networks: those that take images, in [0, 1], normalise them themselves ------------------
 
 
 class Encoder(nn.Module):
@@ -391,21 +401,21 @@ def mlp(in_dim, hidden_dim, out_dim):
 
 
 class Discriminator(nn.Module):
-    """The energy f, high on data (ADE's shape, arXiv:1904.12083): (B, 3, H, W) in [0, 1] -> (B,).
+    """f, minus the energy, high on data: (B, 3, H, W) in [0, 1] -> (B,). ADE's shape, 1904.12083.
 
     `features(x, layers)` -> (B, dims[layers]): the last stage's map, or every stage's, pooled.
+    `rotation` is the head of the rotation loss.
     """
 
     def __init__(self, width=64):
         super().__init__()
         w = width
         self.dims = {"last": 4 * w, "all": 10 * w}
-        self.stages = nn.ModuleList([
-            nn.Sequential(conv(3, w), nn.LeakyReLU(0.1), conv(w, 2 * w), nn.LeakyReLU(0.1)),
-            nn.Sequential(conv(2 * w, 2 * w), nn.LeakyReLU(0.1),
-                          conv(2 * w, 4 * w), nn.LeakyReLU(0.1)),
-            nn.Sequential(conv(4 * w, 4 * w), nn.LeakyReLU(0.1))])
+        self.stages = nn.ModuleList([nn.Sequential(*conv(3, w), *conv(w, 2 * w)),
+                                     nn.Sequential(*conv(2 * w, 2 * w), *conv(2 * w, 4 * w)),
+                                     nn.Sequential(*conv(4 * w, 4 * w))])
         self.linear = nn.Linear(4 * w, 1)
+        self.rotation = nn.Linear(4 * w, 4)
         self.to(memory_format=torch.channels_last)
 
     def maps(self, x):
@@ -425,11 +435,12 @@ class Discriminator(nn.Module):
 
 
 def conv(in_channels, out_channels):
-    """3x3 convolution, He initialisation: PyTorch's own starts f near zero, and it stays there."""
+    """3x3 convolution and LeakyReLU. PyTorch's initialisation starts f near 0, and it stays there;
+    so He's."""
     layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     nn.init.kaiming_normal_(layer.weight, a=0.1)
     nn.init.zeros_(layer.bias)
-    return layer
+    return layer, nn.LeakyReLU(0.1)
 
 
 class Generator(nn.Module):
@@ -450,6 +461,19 @@ class Generator(nn.Module):
 
     def forward(self, z):
         return self.net(z[:, :, None, None])
+
+
+@contextmanager
+def batch_statistics(module):
+    """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 # --- Langevin sampler ------------------------------------------------------------------------
@@ -476,7 +500,7 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
     return x
 
 
-def sampler(args):
+def langevin_flags(args):
     """The flags' step size, noise std in units of the pixel range, and bound on the gradient."""
     return {"step_size": args.step_size, "noise_std": args.noise_std * args.noise_unit,
             "grad_clip": args.grad_clip}
@@ -484,7 +508,7 @@ def sampler(args):
 
 def generate(f, x, args):
     """I_steps of the chains that start from images x (B, 3, H, W), uint8 -> in [0, 1]."""
-    return langevin(f, mix_with_noise(x / 255, args.alpha), args.steps, **sampler(args))
+    return langevin(f, mix_with_noise(x / 255, args.alpha), args.steps, **langevin_flags(args))
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
@@ -523,19 +547,6 @@ def z_std(z):
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 
-@contextmanager
-def batch_statistics(module):
-    """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
 # --- Optimisation ----------------------------------------------------------------------------
 
 
@@ -563,7 +574,7 @@ def target_tau(tau, progress):
 
 
 @torch.no_grad()
-def move_average(target, online, tau):
+def ema_update(target, online, tau):
     """target <- tau * target + (1 - tau) * online; parameters only, each has buffers of its own."""
     for t, o in zip(target.parameters(), online.parameters()):
         t.lerp_(o, 1 - tau)
@@ -571,12 +582,12 @@ def move_average(target, online, tau):
 
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
 
-SAMPLER = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's, in pixel range 1
+EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
 BLOCK = 100                                         # iterations between log lines and checkpoints
 
 
-class Replay(nn.Module):
+class ReplayBuffer(nn.Module):
     """The ends of 10,000 Langevin chains, to go on from (IGEBM, arXiv:1903.08689)."""
 
     def __init__(self, size=10000):
@@ -585,38 +596,36 @@ class Replay(nn.Module):
 
 
 def ebm_networks(args):
-    """{name: module or optimizer} of an EBM in training; the names are those of the steps below."""
+    """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`."""
     adam = partial(torch.optim.Adam, betas=(0.0, 0.999))
     d = Discriminator(args.width).to(args.device)
-    rotation = nn.Linear(d.dims["last"], 4).to(args.device)
-    state = {"d": d, "rotation": rotation,
-             "optimizer_d": adam([*d.parameters(), *rotation.parameters()], EBM_LR[0])}
+    state = {"d": d, "optimizer_d": adam(d.parameters(), EBM_LR[0])}
     if args.ebm_objective == "cd":
-        return {**state, "replay": Replay().to(args.device)}
+        return {**state, "replay": ReplayBuffer().to(args.device)}
     g = Generator(args.width).to(args.device)
     return {**state, "g": g, "optimizer_g": adam(g.parameters(), EBM_LR[1])}
 
 
-def ade_step(x, weight, d, rotation, optimizer_d, g, optimizer_g):
+def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
     """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
 
     x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
     D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`. G climbs
-    f(x_s), its gradient passing straight through the steps, which are additive; with a rotation
-    loss of `weight`, G descends 0.2 of it too. Returns the meters.
+    f(x_s), its gradient passing straight through the steps, which are additive; and it descends 0.2
+    of the rotation loss. Returns the meters.
     """
     b = len(x)
     x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
     x_0 = torch.cat([x_g, mix_with_noise(x[:b // 4], 0.6)])                        # (B, 3, 32, 32)
-    x_s = langevin(d, x_0, steps=5, **SAMPLER)
+    x_s = langevin(d, x_0, steps=5, **EBM_LANGEVIN)
     meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
-                                weight, d, rotation, optimizer_d)
+                                rotation_weight, d, optimizer_d)
 
     d.requires_grad_(False)
     x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
     loss = -d(x_s).float().mean()
-    if weight:
-        loss = loss + 0.2 * weight * rotation_loss(d, rotation, x_s)
+    if rotation_weight:
+        loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
     optimizer_g.zero_grad()
     loss.backward()
     optimizer_g.step()
@@ -624,7 +633,7 @@ def ade_step(x, weight, d, rotation, optimizer_d, g, optimizer_g):
     return meters
 
 
-def cd_step(x, weight, d, rotation, optimizer_d, replay):
+def cd_step(x, rotation_weight, d, optimizer_d, replay):
     """One step of contrastive divergence as in IGEBM (arXiv:1903.08689) on images x (B, 3, 32, 32).
 
     x_s: where chains of `replay` are after 15 more Langevin steps, 5 % of them begun at U(0, 1).
@@ -634,18 +643,18 @@ def cd_step(x, weight, d, rotation, optimizer_d, replay):
     index = torch.randint(len(replay.images), (len(x),), device=x.device)
     x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
     fresh = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
-    x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **SAMPLER)
+    x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **EBM_LANGEVIN)
     replay.images[index] = x_s.half()
     return discriminator_step(
         x, x_s, lambda real, sample: sample - real + real.square() + sample.square(),
-        weight, d, rotation, optimizer_d)
+        rotation_weight, d, optimizer_d)
 
 
-def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
+def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d):
     """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
 
-    D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2), and `weight` times the
-    rotation loss.
+    D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2) + rotation_weight times
+    the rotation loss.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
@@ -653,9 +662,9 @@ def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
     penalty = gradient.square().sum((1, 2, 3)).mean() * 2
     f_real, f_sample = f.chunk(2)
     loss, meters = loss_of(f_real, f_sample).mean() + 5 * penalty, {}
-    if weight:
-        meters["rotation"] = rotation_loss(d, rotation, x)
-        loss = loss + weight * meters["rotation"]
+    if rotation_weight:
+        meters["rotation"] = rotation_loss(d, x)
+        loss = loss + rotation_weight * meters["rotation"]
     optimizer_d.zero_grad()
     loss.backward()
     optimizer_d.step()
@@ -663,18 +672,18 @@ def discriminator_step(x, x_s, loss_of, weight, d, rotation, optimizer_d):
     meters |= {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
                "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
                "auc": (f_real[:, None] > f_sample).float().mean(),
-               "clamped": (gradient[len(x):].abs() >= SAMPLER["grad_clip"]).float().mean(),
+               "clamped": (gradient[len(x):].abs() >= EBM_LANGEVIN["grad_clip"]).float().mean(),
                "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
                "data_std": x.std(0).mean()}
     return {name: value.detach() for name, value in meters.items()}
 
 
-def rotation_loss(d, rotation, x):
+def rotation_loss(d, x):
     """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
     x = x[:max(1, len(x) // 4)]
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
     turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
-    return F.cross_entropy(rotation(d.features(turned)).float(), turns)
+    return F.cross_entropy(d.rotation(d.features(turned)).float(), turns)
 
 
 def train_ebm(images, args):
@@ -701,7 +710,8 @@ def train_ebm(images, args):
             with autocast(args):
                 rows.append(step(x, args.ebm_rotation, **state))
         row = mean_of(rows)
-        if not abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4:
+        finite = all(p.isfinite().all() for p in state["d"].parameters())
+        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
             raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
                             f"{row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
                             f"{row['penalty']:.3g}; {checkpoint} is of iteration {start}; try "
@@ -715,20 +725,28 @@ def train_ebm(images, args):
              f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
 
     d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
-    with torch.no_grad():
-        x_0 = (state["g"].eval()(torch.randn(32, state["g"].z_dim, device=images.device))
-               if "g" in state else state["replay"].images[:32].float())
-    x_s = langevin(d, x_0, steps=15, **SAMPLER)
-    save_image(torch.cat([images[:32] / 255, x_0, x_s]), path.with_suffix(".png"), nrow=16)
-    for name, network in [("trained", d), ("untrained", Discriminator(args.width).to(args.device))]:
-        for layers in ["last", "all"]:
-            result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
-            if result:
-                show(f"linear probe of the {name} discriminator's features, {layers:4} "
-                     f"{result['linear']:.2f} %")
+    show_ebm(images[:32] / 255, args, **kept, replay=state.get("replay"))
     save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, kept)
     checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
+
+
+def show_ebm(x, args, d, g=None, replay=None):
+    """What an EBM is worth: images x and samples before and after 15 steps, in a picture, and the
+    linear probe of f's features beside those of an untrained f."""
+    with torch.no_grad():
+        x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
+               else replay.images[:len(x)].float())
+    x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
+    save_image(torch.cat([x, x_0, x_s]), Path(args.ebm).with_suffix(".png"), nrow=16)
+    if not has_test(args):
+        return
+    untrained = Discriminator(args.width).to(args.device)
+    for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:
+        for layers in ["last", "all"]:
+            result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
+            show(f"linear probe of the discriminator's features, {layers} of its stages, {name}: "
+                 f"{result['linear']:.2f} %")
 
 
 def ebm_config(images, args):
@@ -759,175 +777,7 @@ def load_ebm(path, device):
     return d.to(device).requires_grad_(False)
 
 
-# --- Runs: a directory with config.json, log.jsonl, checkpoint.pt and eval.json --------------
-
-
-class Run:
-    """One training run in its directory: resumes, seeds, logs, checkpoints, evaluates."""
-
-    def __init__(self, args):
-        self.args, self.path, self.step, self.lock = args, Path(args.run_dir), 0, None
-        set_up(args)
-        self.config = {flag: v for flag, v in vars(args).items() if flag not in NEUTRAL}
-        if (self.path / "config.json").exists():
-            same_config(self.path, load_json(self.path / "config.json"), self.config)
-        if (self.path / "eval.json").exists():
-            show(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
-            sys.exit()
-        if args.batch_size % world_size() or args.batch_size < 2 * world_size():
-            raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
-        if rank() == 0 and has_test(args):
-            load_images(args.dataset, args.data_dir, "test")             # its mistakes show now
-        show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
-
-    def steps(self, images):
-        """Optimiser steps of the whole run: each epoch drops what does not fill a batch."""
-        if len(images) < self.args.batch_size:
-            raise UserError(f"--batch-size {self.args.batch_size}: more than the {len(images)} "
-                            "training images; use a smaller one")
-        return self.args.epochs * (len(images) // self.args.batch_size)
-
-    def open(self):
-        """Make the directory and, until this process ends, keep others out of it."""
-        if rank() > 0 or self.lock is not None:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is at this run; wait for it, or name "
-                            "another --run-dir") from None
-        save_json(self.path / "config.json", self.config)
-
-    def epochs(self, **state):
-        """Yield the epochs that are left, each with a random state of its own, and keep each one.
-
-        state: what has a state_dict; a model with an `encoder`, an optimizer and a schedule.
-        """
-        args, log, checkpoint = self.args, self.path / "log.jsonl", self.path / "checkpoint.pt"
-        first = restore(checkpoint, self.config, state)
-        self.open()
-        if rank() == 0:
-            start_log(log, "epoch", first)
-        started = time.time()
-        for self.epoch in range(first + 1, args.epochs + 1):
-            torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
-            self.rows, self.began = [], time.time()
-            lr = state["optimizer"].param_groups[0]["lr"]
-            yield self.epoch
-            row = {"epoch": self.epoch, **mean_of(self.rows, world_size()), "lr": lr,
-                   "images_per_s": self.speed()}
-            self.stop_if_not_finite(row, state["model"])
-            if rank() == 0:
-                if args.eval_every and self.epoch % args.eval_every == 0:
-                    row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
-                append(log, row)
-                save(checkpoint, self.config, self.epoch, state)
-            left = (time.time() - started) / (self.epoch - first) * (args.epochs - self.epoch)
-            show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std "
-                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  "
-                 f"{timedelta(seconds=round(left))} left")
-
-    def batches(self, images):
-        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
-        size, shuffled = self.args.batch_size, torch.Generator()
-        shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
-        order = torch.randperm(len(images), generator=shuffled).to(images.device)
-        per_epoch, shown = len(images) // size, time.time()
-        for i, batch in enumerate(order.split(size)[:per_epoch], 1):
-            self.step = (self.epoch - 1) * per_epoch + i                  # steps, this one included
-            yield images[batch.chunk(world_size())[rank()]]
-            if sys.stdout.isatty() and time.time() > shown + 1:
-                shown = time.time()
-                show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
-                     f"{self.speed():.0f} images/s", last=False)
-
-    def log(self, **terms):
-        """Note a step's loss and terms, scalars; the epoch's line has their means."""
-        self.rows.append({name: value.detach() for name, value in terms.items()})
-
-    def stop_if_not_finite(self, row, model):
-        """Raise UserError where the epoch's means or the weights after it are not finite."""
-        if (all(map(math.isfinite, row.values()))
-                and all(p.isfinite().all() for p in model.parameters())):
-            return
-        rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
-        wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
-        step = wrong.index(True) if any(wrong) else len(rows) - 1
-        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
-                        f"{self.epoch}, lr {row['lr']:.2g}, {rows[step]}; {self.path} holds the "
-                        "epoch before; try a smaller one in another --run-dir")
-
-    def save_chain(self, f, x):
-        """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
-
-        langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
-        """
-        args, log = self.args, self.path / "log.jsonl"
-        self.open()
-        if rank() > 0 or log.exists() and '"chain"' in log.read_text():
-            return
-        torch.manual_seed(args.seed)
-        marks = sorted({0, *range(5, args.steps, 5), args.steps})
-        with autocast(args):
-            x, rows = x / 255, []
-            image = mix_with_noise(x, args.alpha)
-            for done, mark in zip([0, *marks], marks):
-                image = langevin(f, image, mark - done, **sampler(args))
-                rows.append(image)
-            energies = [f(image).float().mean().item() for image in [x, *rows]]
-        errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
-        chain = {"steps": marks, "psnr": [-10 * e.log10().mean().item() for e in errors],
-                 "f": energies[1:], "f_of_x": energies[0]}
-        write(self.path / "langevin.png",
-              partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
-        log.unlink(missing_ok=True)
-        start_log(log, "epoch", 0)
-        append(log, {"chain": chain})
-        f_0, f_end, psnr_0, psnr_end = (chain[k][i] for k in ("f", "psnr") for i in (0, -1))
-        show(f"Langevin: noise std {sampler(args)['noise_std']:g} of the pixel range; "
-             f"f(x) {chain['f_of_x']:.2f}; I_0: f {f_0:.2f}, {psnr_0:.1f} dB to x; "
-             f"I_{args.steps}: f {f_end:.2f}, {psnr_end:.1f} dB")
-
-    def generated(self, f, images):
-        """One generated image for each of images, uint8 alike; made once, kept in generated.pt."""
-        path = self.path / "generated.pt"
-        if rank() == 0 and not path.exists():
-            torch.manual_seed(self.args.seed)
-            made, parts = [], images.split(500)
-            for i, x in enumerate(parts, 1):
-                with autocast(self.args):
-                    made.append((generate(f, x, self.args) * 255).round().byte().cpu())
-                show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
-            write(path, partial(torch.save, torch.cat(made)))
-        barrier()
-        return torch.load(path, map_location=images.device, weights_only=True)
-
-    def speed(self):
-        return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
-
-    def evaluate(self, encoder):
-        """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
-        if rank() == 0 and (result := beside_untrained(encoder, self.args)):
-            save_json(self.path / "eval.json", result)
-            for name, row in [("trained", result), ("untrained", result["untrained"])]:
-                show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
-                     f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
-        barrier()
-
-
-def seed_of(*numbers):
-    """One seed of several numbers, such as (seed, epoch, rank), unlike those of other numbers."""
-    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
-
-
-def mean_of(rows, ranks=1):
-    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
-    means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
-    if ranks > 1:
-        dist.all_reduce(means)
-    return dict(zip(rows[0], (means / ranks).tolist()))
+# --- Files: whole or not at all, one writer at a time; and lines on the terminal ------------
 
 
 def save(path, config, done, state):
@@ -950,7 +800,7 @@ def write(path, save):
 
 @contextmanager
 def alone_at(path):
-    """Make the folder of `path`, and keep other processes that want to be alone at it waiting."""
+    """Make the folder of `path` and hold a lock beside it; other processes wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with open(lock, "w") as file:
@@ -1040,12 +890,182 @@ def show(line, last=True):
             print(line, flush=True)
 
 
+# --- Runs: a directory with config.json, log.jsonl, checkpoint.pt and eval.json --------------
+
+
+class Run:
+    """One training run in its directory: resumes, seeds, logs, checkpoints, evaluates."""
+
+    def __init__(self, args):
+        self.args, self.path, self.step, self.lock = args, Path(args.run_dir), 0, None
+        set_up(args)
+        self.config = {flag: v for flag, v in vars(args).items() if flag not in NEUTRAL}
+        if (self.path / "config.json").exists():
+            same_config(self.path, load_json(self.path / "config.json"), self.config)
+        if (self.path / "eval.json").exists():
+            show(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
+            sys.exit()
+        if args.batch_size % world_size() or args.batch_size < 2 * world_size():
+            raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
+        if rank() == 0 and has_test(args):
+            load_images(args.dataset, args.data_dir, "test")             # its mistakes show now
+        show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
+
+    def total_steps(self, images):
+        """Optimiser steps of the whole run: each epoch drops what does not fill a batch."""
+        if len(images) < self.args.batch_size:
+            raise UserError(f"--batch-size {self.args.batch_size}: more than the {len(images)} "
+                            "training images; use a smaller one")
+        return self.args.epochs * (len(images) // self.args.batch_size)
+
+    def open(self):
+        """Make the directory and, until this process ends, keep others out of it."""
+        if rank() > 0 or self.lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is at this run; wait for it, or name "
+                            "another --run-dir") from None
+        save_json(self.path / "config.json", self.config)
+
+    def epochs(self, **state):
+        """Yield the epochs that are left, seeding before each; log and save a checkpoint after it.
+
+        state: what has a state_dict; a model with an `encoder`, an optimizer and a schedule.
+        """
+        args, log, checkpoint = self.args, self.path / "log.jsonl", self.path / "checkpoint.pt"
+        first = restore(checkpoint, self.config, state)
+        self.open()
+        if rank() == 0:
+            start_log(log, "epoch", first)
+        started = time.time()
+        for self.epoch in range(first + 1, args.epochs + 1):
+            torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
+            self.rows, self.began = [], time.time()
+            lr = state["optimizer"].param_groups[0]["lr"]
+            yield self.epoch
+            row = {"epoch": self.epoch, **mean_of(self.rows, world_size()), "lr": lr,
+                   "images_per_s": self.speed()}
+            self.stop_if_not_finite(row, state["model"])
+            if rank() == 0:
+                if args.eval_every and self.epoch % args.eval_every == 0:
+                    row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
+                append(log, row)
+                save(checkpoint, self.config, self.epoch, state)
+            left = (time.time() - started) / (self.epoch - first) * (args.epochs - self.epoch)
+            show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std "
+                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  "
+                 f"{timedelta(seconds=round(left))} left")
+
+    def batches(self, images):
+        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
+        size, shuffled = self.args.batch_size, torch.Generator()
+        shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
+        order = torch.randperm(len(images), generator=shuffled).to(images.device)
+        per_epoch, shown = len(images) // size, time.time()
+        for i, batch in enumerate(order.split(size)[:per_epoch], 1):
+            self.step = (self.epoch - 1) * per_epoch + i                  # steps, this one included
+            yield images[batch.chunk(world_size())[rank()]]
+            if sys.stdout.isatty() and time.time() > shown + 1:
+                shown = time.time()
+                show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
+                     f"{self.speed():.0f} images/s", last=False)
+
+    def log(self, **terms):
+        """Note a step's loss and terms, scalars; the epoch's line has their means."""
+        self.rows.append({name: value.detach() for name, value in terms.items()})
+
+    def stop_if_not_finite(self, row, model):
+        """Raise UserError where the epoch's means or the weights after it are not finite."""
+        if (all(map(math.isfinite, row.values()))
+                and all(p.isfinite().all() for p in model.parameters())):
+            return
+        rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
+        wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
+        step = wrong.index(True) if any(wrong) else len(rows) - 1
+        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
+                        f"{self.epoch}, {rows[step]}; {self.path} holds epoch {self.epoch - 1}; "
+                        "try a smaller one in another --run-dir")
+
+    def save_chain(self, f, x):
+        """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
+
+        langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
+        """
+        args, log = self.args, self.path / "log.jsonl"
+        self.open()
+        if rank() > 0 or log.exists() and '"chain"' in log.read_text():
+            return
+        torch.manual_seed(args.seed)
+        marks = sorted({0, *range(5, args.steps, 5), args.steps})
+        with autocast(args):
+            x, rows = x / 255, []
+            image = mix_with_noise(x, args.alpha)
+            for done, mark in zip([0, *marks], marks):
+                image = langevin(f, image, mark - done, **langevin_flags(args))
+                rows.append(image)
+            values = [f(image).float().mean().item() for image in [x, *rows]]
+        errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
+        chain = {"steps": marks, "psnr": [-10 * e.log10().mean().item() for e in errors],
+                 "f": values[1:], "f_of_x": values[0]}
+        write(self.path / "langevin.png",
+              partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
+        log.unlink(missing_ok=True)
+        start_log(log, "epoch", 0)
+        append(log, {"chain": chain})
+        show(f"Langevin: noise std {langevin_flags(args)['noise_std']:g} of the pixel range; f(x) "
+             f"{chain['f_of_x']:.2f}; from I_0 to I_{args.steps}, f {chain['f'][0]:.2f} to "
+             f"{chain['f'][-1]:.2f}, {chain['psnr'][0]:.1f} to {chain['psnr'][-1]:.1f} dB to x")
+
+    def generated(self, f, images):
+        """A generated image for each of images (N, 3, H, W), uint8; made once, in generated.pt."""
+        path = self.path / "generated.pt"
+        if rank() == 0 and not path.exists():
+            torch.manual_seed(self.args.seed)
+            made, parts = [], images.split(500)
+            for i, x in enumerate(parts, 1):
+                with autocast(self.args):
+                    made.append((generate(f, x, self.args) * 255).round().byte().cpu())
+                show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
+            write(path, partial(torch.save, torch.cat(made)))
+        barrier()
+        return torch.load(path, map_location=images.device, weights_only=True)
+
+    def speed(self):
+        return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
+
+    def evaluate(self, encoder):
+        """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
+        if rank() == 0 and (result := beside_untrained(encoder, self.args)):
+            save_json(self.path / "eval.json", result)
+            for name, row in [("trained", result), ("untrained", result["untrained"])]:
+                show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
+                     f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
+        barrier()
+
+
+def seed_of(*numbers):
+    """A seed that depends on each of the numbers, such as (seed, epoch, rank)."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
+
+
+def mean_of(rows, ranks=1):
+    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
+    means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
+    if ranks > 1:
+        dist.all_reduce(means)
+    return dict(zip(rows[0], (means / ranks).tolist()))
+
+
 # --- Evaluation: frozen features, once, in evaluation mode -----------------------------------
 
 
 @torch.no_grad()
 def extract_features(encoder, images, encode=None):
-    """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W).
+    """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W), uint8 or in [0, 1].
 
     The encoder is in evaluation mode meanwhile. `encode` is called in its place, if given.
     """
@@ -1104,9 +1124,9 @@ METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     """Accuracies (%) {metric: value} of the encoder's frozen features.
 
-    Learned from the labels of all training images, whatever --subset. On the test images, or with
-    split "val" on a tenth of the training images, kept from the probe. None, with a printed line,
-    where there are no test images.
+    Probe and kNN have the labels of all training images, whatever --subset. Tested on the test
+    images, or with split "val" on a tenth of the training images held out. None, with a printed
+    line, where there are no test images.
     """
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
@@ -1116,7 +1136,8 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     elif has_test(args):
         test = load_images(args.dataset, args.data_dir, "test")
     else:
-        return show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+        show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+        return None
     data = []
     for images, labels in (train, test):
         labeled = labels >= 0
@@ -1127,7 +1148,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
 
 
 def beside_untrained(encoder, args, split="test"):
-    """The encoder's accuracies and an untrained one's, as in eval.json; None without images."""
+    """The encoder's accuracies and an untrained one's, as in eval.json; None without a test set."""
     result = evaluate(encoder, args, split=split)
     if result is None:
         return None
@@ -1177,7 +1198,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
@@ -1186,15 +1207,15 @@ def gather(x):
     return Gather.apply(x) if world_size() > 1 else x
 
 
-def distribute(method):
-    """The method's module, under DistributedDataParallel where there are several ranks."""
+def distribute(model):
+    """The model, under DistributedDataParallel where there are several ranks."""
     if world_size() == 1:
-        return method
-    if next(method.parameters()).is_cuda:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         show("CPU ranks: each normalises by the statistics of its own share of the batch")
-    return nn.parallel.DistributedDataParallel(method)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def in_bf16(args):
@@ -1211,7 +1232,8 @@ def autocast(args):
 
 
 def main():
-    args = parse_flags(make_parser("Train the EBM alone; a script finds it.", training=False))
+    parser = make_parser("Train the EBM alone; the scripts then load it.", training=False)
+    args = parse_flags(parser)
     set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")

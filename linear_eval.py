@@ -1,12 +1,12 @@
 """Linear and kNN accuracy of frozen features, for one or many runs, as one markdown table.
 
-    python linear_eval.py runs/*                        # every finished or half-finished run
+    python linear_eval.py runs/*                        # every run, finished or not, and EBM
     python linear_eval.py runs/byol_* --untrained       # and the floor, an untrained encoder
     python linear_eval.py runs/ebm-*.pt                 # the features of an EBM's discriminator
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
-seed alone share a row: mean, standard deviation and number of runs.
+seed, or the file of their EBM, alone share a row: mean, standard deviation and number of runs.
 """
 import argparse
 from pathlib import Path
@@ -57,7 +57,7 @@ def table(rows, untrained, split):
     settings = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
-                     if flag not in shared.keys() | NEUTRAL | {"script", "seed"}]
+                     if flag not in shared.keys() | NEUTRAL | {"script", "seed", "ebm"}]
         settings.setdefault(" ".join([config["script"], *differing]), []).append(result)
 
     def line(label, results):
@@ -73,8 +73,10 @@ def table(rows, untrained, split):
         lines.append(line(label, results))
         if untrained and "untrained" in results[0]:
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
-    caption = ", ".join(f"{flag}={value}" for flag, value in shared.items() if flag != "seed")
-    return "\n".join([*lines, "", f"Accuracy in %, {split} split. All: {caption}"])
+    caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()
+                        if flag not in {"seed", "ebm"})
+    return "\n".join([*lines, "", f"Accuracy in %, {split} split. All, where they have the flag: "
+                      f"{caption}"])
 
 
 def main():
@@ -82,12 +84,12 @@ def main():
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, files of EBMs")
     parser.add_argument("--split", choices=["test", "val"], default="test",
                         help="val: a tenth of the training images, held out from the probe, for "
-                             "choosing flags (default: test)")
+                             "choosing flags")
     parser.add_argument("--untrained", action="store_true",
-                        help="a line for the untrained encoder too")
+                        help="a line for the untrained encoder of a run too")
     parser.add_argument("--data-dir", help="where the images are now (default: where they were)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="torch device (default: %(default)s)")
+                        help="torch device")
     args = parser.parse_args()
     set_up(args)
     rows = []

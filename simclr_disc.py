@@ -1,9 +1,9 @@
 """SimCLR with the features of a pretrained discriminator as a third view.
 
-    v1, v2, v3 = three independent augmentations of a batch
+    v1, v2, v3 = three independent augmentations of a batch x
     z_i = g(E(v_i))                                                for i = 1, 2              (1)
     z_3 = g_D(D(v3))                                               D: frozen features        (2)
-    pair(a, b) = nt_xent(z_a, z_b)                                 the normalised softmax    (3)
+    pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
     python simclr_disc.py --smoke           # all of it on drawn shapes, on a CPU
@@ -38,8 +38,9 @@ class SimCLR(nn.Module):
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
+        v3 = augment(x)                                                   # (B, 3, H, W)
         with torch.no_grad():
-            h3 = self.discriminator.features(augment(x), self.layers)     # (B, C)
+            h3 = self.discriminator.features(v3, self.layers)             # (B, C)
         z3 = self.view_projector(h3)                                      # eq. (2)
         pair13 = nt_xent(z1, z3, self.temperature)
         pair23 = nt_xent(z2, z3, self.temperature)
@@ -51,7 +52,7 @@ def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view; 0 is plain SimCLR, without a discriminator")
+                        help="weight of the third view; 0 is plain SimCLR, without an EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
                         help="stages of the discriminator whose pooled maps are the third view")
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
@@ -63,25 +64,25 @@ def main():
     args = parse()
     run = Run(args)
     images = training_images(args).to(args.device)
-    steps = run.steps(images)
+    total_steps = run.total_steps(images)
     discriminator = get_ebm(images, args) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
-    method = SimCLR(args, discriminator).to(args.device)
-    model = distribute(method)
-    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad),
+    model = SimCLR(args, discriminator).to(args.device)
+    ddp = distribute(model)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
-    for epoch in run.epochs(model=method, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8
             with autocast(args):
-                loss, terms = model(x)
+                loss, terms = ddp(x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             run.log(loss=loss, **terms)
-    run.evaluate(method.encoder)
+    run.evaluate(model.encoder)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import byol_disc
 import simclr_disc
 from common import (Discriminator, augment, autocast, byol_loss, draw_shapes, langevin,
-                    linear_accuracy, mlp, move_average, nt_xent)
+                    linear_accuracy, mlp, ema_update, nt_xent)
 
 BATCH, TAU = 128, 0.99
 PIL = v2.Compose([
@@ -87,7 +87,7 @@ def plain_step(images, byol, device):
         loss.backward()
         optimizer.step()
         if byol:
-            move_average(model.target, model.online, TAU)
+            ema_update(model.target, model.online, TAU)
     return step
 
 
@@ -103,7 +103,7 @@ def our_step(images, byol, args):
         loss.backward()
         optimizer.step()
         if byol:
-            method.move_target(TAU)
+            method.update_target(TAU)
     return step, method
 
 

@@ -82,10 +82,11 @@ def test_raw_pixels_do_not_give_the_shapes_away():
 
 
 def test_table_joins_seeds_and_nothing_else():
-    """Rows that differ in the seed alone: mean, standard deviation, n; another flag parts them."""
+    """Rows that differ in seed and EBM file: mean, standard deviation, n; other flags part them."""
     def run(seed, coeff, linear):
         accuracies = {"linear": linear, "knn5": 30.0, "knn_cosine": 40.0}
-        return ({"script": "byol_disc", "seed": seed, "coeff": coeff, "epochs": 5},
+        config = {"script": "byol_disc", "seed": seed, "ebm": f"{seed}.pt", "coeff": coeff}
+        return ({**config, "epochs": 5},
                 {**accuracies, "untrained": {**accuracies, "linear": 10.0 + seed}})
 
     lines = table([run(0, 0.1, 50.0), run(1, 0.1, 54.0), run(0, 1.0, 60.0)], True, "test")
@@ -93,7 +94,8 @@ def test_table_joins_seeds_and_nothing_else():
     assert lines[2] == "| byol_disc coeff=0.1 | 52.00 ± 2.83 | 30.00 ± 0.00 | 40.00 ± 0.00 | 2 |"
     assert lines[3].startswith("| byol_disc coeff=0.1, untrained encoder | 10.50 ± 0.71 |")
     assert lines[4] == "| byol_disc coeff=1.0 | 60.00 | 30.00 | 40.00 | 1 |"
-    assert lines[-1] == "Accuracy in %, test split. All: script=byol_disc, epochs=5"
+    assert lines[-1] == ("Accuracy in %, test split. All, where they have the flag: "
+                         "script=byol_disc, epochs=5")
 
 
 def test_split_val_holds_training_images_out(monkeypatch):

@@ -111,7 +111,7 @@ def test_a_step_leaves_f_and_moves_the_rest(script):
     method(draw_shapes(16, seed=3)[0])[0].backward()
     optimizer.step()
     if targets(method):
-        method.move_target(0.9)
+        method.update_target(0.9)
     still = {name for name, _ in method.named_children()} - {
         name.split(".")[0] for name, p in method.named_parameters()
         if not torch.equal(p, before[name])}
@@ -160,10 +160,11 @@ def test_coeff_0_is_one_baseline_without_a_third_view(pair):
     assert make(pair[1], use="dataset").coeff == 0                      # nor has it a third view
 
 
-def test_view_augment_is_one_more_ordinary_view(monkeypatch):
-    method, seen = make(simclr_langevin), []
+@pytest.mark.parametrize("script", [simclr_langevin, byol_langevin])
+def test_view_augment_is_one_more_ordinary_view(script, monkeypatch):
+    method, seen = make(script), []
     method.f = None
-    monkeypatch.setattr(simclr_langevin, "augment",
+    monkeypatch.setattr(script, "augment",
                         lambda x: seen.append(x) or torch.rand(16, 3, 32, 32))
     x = draw_shapes(16, seed=3)[0]
     method(x)

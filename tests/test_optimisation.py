@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from common import lr_factor, move_average, target_tau
+from common import lr_factor, ema_update, target_tau
 
 
 def rates(schedule, steps):
@@ -51,13 +51,13 @@ def test_target_tau():
     assert target_tau(0.96, 0.25) == pytest.approx(1 - 0.04 * (math.cos(math.pi / 4) + 1) / 2)
 
 
-def test_move_average_moves_parameters_and_no_buffers():
+def test_ema_update_moves_parameters_and_no_buffers():
     target, online = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(target.weight, 1.0)
     nn.init.constant_(online.weight, 3.0)
     online.running_mean += 5
-    move_average(target, online, 0.75)
+    ema_update(target, online, 0.75)
     assert target.weight.tolist() == [1.5, 1.5] and online.weight.tolist() == [3, 3]
     assert target.running_mean.tolist() == [0, 0]
-    move_average(target, online, 1.0)
+    ema_update(target, online, 1.0)
     assert target.weight.tolist() == [1.5, 1.5]

@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import Discriminator, Run, UserError
+import processes
+from common import Discriminator, Encoder, Run, UserError
 from conftest import ROOT
 
-TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
-        "--epochs", "5", "--ebm-iters", "2", "--precision", "fp32", "--run-dir", "run",
-        "--ebm", "ebm.pt"]
+TINY = [*processes.TINY, "--epochs", "5", "--run-dir", "run"]
 
 
 def start(script, directory, *flags):
@@ -51,6 +50,11 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
         rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
+    assert [row["lr"] for row in rows[:2]] == pytest.approx([1.5e-3, 3e-3])     # two warm-up steps
+    torch.manual_seed(0)
+    start, end = Encoder(4).net[0].weight, weights(directory)
+    online, target = end["encoder.net.0.weight"], end["target_encoder.net.0.weight"]
+    assert not any(map(torch.equal, [online, target, target], [start, start, online]))
     result = json.loads((run / "eval.json").read_text())
     metrics = {"linear", "knn5", "knn_cosine"}
     assert set(result) == metrics | {"split", "untrained"} and set(result["untrained"]) == metrics
@@ -118,7 +122,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
                            eval_every=0)
     run, model = Run(args), torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(UserError, match="not finite at step 2 of epoch 2, lr 1, .* epoch before"):
+    with pytest.raises(UserError, match="not finite at step 2 of epoch 2, .* holds epoch 1;"):
         for epoch in run.epochs(model=model, optimizer=optimizer):
             for step in (1, 2):
                 loss = float("nan") if (epoch, step, when[:2]) == (2, 2, "at") else 1.0
@@ -130,10 +134,13 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
 
 
 def test_table_of_runs_and_ebm(whole):
+    """The table has what the run said of itself, computed again from its checkpoint."""
+    (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
     command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.jsonl", "--untrained"]
     table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
     assert table.returncode == 0, table.stderr
     result = json.loads((whole[0] / "run" / "eval.json").read_text())
+    assert result == json.loads((whole[0] / "said.json").read_text())
     lines = table.stdout.splitlines()
     for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
         cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]

@@ -1,4 +1,4 @@
-"""The README's commands, loops unrolled by bash: each is one that its script accepts."""
+"""The README's commands, unrolled by bash: each is one that its script accepts."""
 import importlib
 import re
 import shlex
@@ -11,21 +11,23 @@ from conftest import ROOT
 
 
 def commands():
-    """Every line that runs a script, as a list of words; a block of the README is run by bash."""
+    """Every command that runs a script, as a list of words, in blocks and in tables."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
-    echo = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }\n"
-    for block in blocks:
+    small, = (block for block in blocks if "SMALL=" in block)
+    cells = "\n".join(re.findall(r"^\|.*`(python [^`]*)`", text, re.MULTILINE))
+    first = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }; MORE=\n" + small
+    for block in [*blocks, cells]:
         if "python " in block:
-            out = subprocess.run(["bash", "-euc", "MORE=; " + echo + block], cwd=ROOT,
-                                 capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(["bash", "-euc", first + block], cwd=ROOT, capture_output=True,
+                                 text=True, check=True).stdout
             yield from map(shlex.split, out.splitlines())
 
 
 def test_every_command_is_accepted(monkeypatch):
     seen = set()
     for _, script, *flags in commands():
-        if script in ("-m", "tests/benchmark.py", "linear_eval.py", "SCRIPT.py"):
+        if script in ("-m", "tests/benchmark.py", "linear_eval.py"):
             continue
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr("sys.argv", [script, *flags])

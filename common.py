@@ -4,7 +4,7 @@ Flags, data, augmentation, networks, the Langevin sampler, losses, optimisation,
 model (EBM), files, runs, evaluation, several devices. Outside a network images are in [0, 1], or
 uint8 at rest.
 
-    python common.py --ebm-iters 4000       # train the EBM alone (a script does it if needed)
+    python common.py                        # train the EBM alone (a script does it if needed)
 """
 import argparse
 import fcntl
@@ -85,7 +85,7 @@ def make_parser(doc, training=True):
     add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
     add("--ebm", default="", help="its file, made if missing; empty: in runs/, by its flags")
-    add("--ebm-iters", type=number(int, 0), default=20000,
+    add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade", "cd"], default="ade",
         help="f's negatives: ade: a generator's images, refined by five Langevin steps; "
@@ -401,7 +401,7 @@ def mlp(in_dim, hidden_dim, out_dim):
 
 
 class Discriminator(nn.Module):
-    """f, minus the energy, high on data: (B, 3, H, W) in [0, 1] -> (B,). ADE's shape, 1904.12083.
+    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). The shape is ADE's, arXiv:1904.12083.
 
     `features(x, layers)` -> (B, dims[layers]): the last stage's map, or every stage's, pooled.
     `rotation` is the head of the rotation loss.
@@ -435,8 +435,7 @@ class Discriminator(nn.Module):
 
 
 def conv(in_channels, out_channels):
-    """3x3 convolution and LeakyReLU. PyTorch's initialisation starts f near 0, and it stays there;
-    so He's."""
+    """3x3 convolution, LeakyReLU. He initialisation: PyTorch's own leaves f near 0 for good."""
     layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     nn.init.kaiming_normal_(layer.weight, a=0.1)
     nn.init.zeros_(layer.bias)

@@ -174,11 +174,24 @@ def fail_at(n, function):
     return failing
 
 
-def test_it_stops_when_f_explodes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["f", "a weight"])
+def test_it_stops_when_it_explodes_and_keeps_the_last_good_state(tmp_path, monkeypatch, what):
     monkeypatch.setattr(common, "BLOCK", 2)
-    args = flags(tmp_path, "--ebm-iters", "40")
-    images = common.training_images(args)
-    monkeypatch.setattr(common, "EBM_LR", (10.0, 2e-4))
-    with pytest.raises(UserError, match="f exploded before iteration"):
-        train_ebm(images, args)
+    args, calls = flags(tmp_path, "--ebm-iters", "6"), []
+
+    def step(x, rotation_weight, d, **others):
+        calls.append(1)
+        meters = ade_step(x, rotation_weight, d, **others)
+        if len(calls) == 4:                             # the last of the second block
+            if what == "f":
+                meters["f_real"] = meters["f_real"] + 1e5
+            else:
+                d.linear.weight.data[0, 0] = float("inf")
+        return meters
+    ade_step = common.ade_step
+    monkeypatch.setattr(common, "ade_step", step)
+    with pytest.raises(UserError, match="f exploded before iteration 4, .* is of iteration 2;"):
+        train_ebm(common.training_images(args), args)
     assert not (tmp_path / "ebm.pt").exists()
+    saved = torch.load(tmp_path / "ebm.partial", weights_only=True)
+    assert saved["done"] == 2 and all(p.isfinite().all() for p in saved["d"].values())

@@ -6,6 +6,8 @@
     pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
+E encoder, g projector; D the EBM's discriminator, g_D the projector of its view.
+
     python simclr_disc.py --smoke           # all of it on drawn shapes, on a CPU
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %

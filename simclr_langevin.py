@@ -8,6 +8,8 @@
     pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
+E encoder, g projector; f the EBM's discriminator.
+
     python simclr_langevin.py --smoke       # all of it on drawn shapes, on a CPU
     python simclr_langevin.py --coeff 0.01  # the deck: 87.82 % after 1000 epochs
     python simclr_langevin.py --coeff 0     # its baseline: 91.81 %

@@ -2,7 +2,7 @@
 
 Full-width networks, batches of 128 images, five minutes on two CPU cores. Every row is the median
 of its rounds; the rounds take turns, so that a slow spell of the machine meets all rows alike.
-The plain implementation is what one would write first: torchvision's transforms on PIL images in
+The naive implementation is what one would write first: torchvision's transforms on PIL images in
 two DataLoader workers, fp32, channels first. Rates are of the operations that a direct
 convolution takes; a library may need fewer, and so pass 100 % of the matrix product.
 """
@@ -68,8 +68,8 @@ class Plain(nn.Module):
         return byol_loss(z1, t2) + byol_loss(z2, t1)
 
 
-def plain_step(images, byol, device):
-    """A function that makes a training step of the plain implementation."""
+def naive_step(images, byol, device):
+    """A function that makes a training step of the naive implementation."""
     model = Plain(byol).to(device)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3)
     loader = DataLoader(Views(images), BATCH, shuffle=True, drop_last=True, num_workers=2,
@@ -158,7 +158,7 @@ def row(what, value, versus=""):
 
 def training(images, args, rounds):
     for byol, name in [(False, "SimCLR"), (True, "BYOL")]:
-        functions = {"plain": plain_step(images, byol, args.device)}
+        functions = {"naive": naive_step(images, byol, args.device)}
         for precision in ("fp32", "bf16"):
             flags = argparse.Namespace(**{**vars(args), "precision": precision})
             functions[precision], method = our_step(images.to(args.device), byol, flags)
@@ -167,12 +167,12 @@ def training(images, args, rounds):
         time_of = seconds(functions, rounds, args.device)
         with FlopCounterMode(display=False) as counter:
             functions["fp32 encoder"]()
-        row(f"{name}, plain", f"{BATCH / time_of['plain']:.1f} images/s")
+        row(f"{name}, naive", f"{BATCH / time_of['naive']:.1f} images/s")
         for precision, dtype in [("fp32", torch.float32), ("bf16", torch.bfloat16)]:
             step, passes = time_of[precision], time_of[f"{precision} encoder"]
             rate = counter.get_total_flops() / passes
             row(f"{name}, {precision}", f"{BATCH / step:.1f} images/s",
-                f"{time_of['plain'] / step:.2f} x plain; {passes / step:.0%} of its encoder passes")
+                f"{time_of['naive'] / step:.2f} x naive; {passes / step:.0%} of its encoder passes")
             row(f"its encoder passes, {precision}", f"{BATCH / passes:.1f} images/s",
                 f"{rate / matrix_rate(dtype, args.device):.0%} of the largest matrix product")
     row("peak memory so far", f"{peak_memory(args.device):.2f} GiB")

@@ -149,7 +149,8 @@ def launch(main):
         print(f"error: {error}; nothing that was there is lost", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped: the same command goes on from the last checkpoint, if there is one",
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -210,6 +211,7 @@ def read_folder(root, split):
     if others:
         show(f"{root / split}: {len(others)} left out that are no images, {others[0]} the first")
 
+    show(f"reading {len(files)} images of {root / split}", last=False)
     with ThreadPoolExecutor() as pool:
         images = torch.stack(list(pool.map(read_image, [path for path, _ in files])))
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
@@ -732,7 +734,7 @@ def train_ebm(images, args):
 
 def show_ebm(x, args, d, g=None, replay=None):
     """What an EBM is worth: images x and samples before and after 15 steps, in a picture, and the
-    linear probe of f's features beside those of an untrained f."""
+    linear probe of f's features beside those of f as it began."""
     with torch.no_grad():
         x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
                else replay.images[:len(x)].float())
@@ -740,7 +742,8 @@ def show_ebm(x, args, d, g=None, replay=None):
     save_image(torch.cat([x, x_0, x_s]), Path(args.ebm).with_suffix(".png"), nrow=16)
     if not has_test(args):
         return
-    untrained = Discriminator(args.width).to(args.device)
+    torch.manual_seed(seed_of(args.seed))
+    untrained = ebm_networks(args)["d"]
     for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:
         for layers in ["last", "all"]:
             result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
@@ -772,7 +775,7 @@ def load_ebm(path, device):
     if "d" not in saved:
         raise UserError(f"{path}: not an EBM; name another")
     d = Discriminator(saved["config"]["width"])
-    d.load_state_dict(saved["d"])
+    fill(d, saved["d"], path)
     return d.to(device).requires_grad_(False)
 
 
@@ -836,8 +839,17 @@ def restore(path, config, state):
     saved = load(path)
     same_config(path, saved["config"], config)
     for name, part in state.items():
-        part.load_state_dict(saved[name])
+        fill(part, saved[name], path)
     return saved["done"]
+
+
+def fill(part, state, path):
+    """part.load_state_dict(state); UserError where the file `path` holds another part's state."""
+    try:
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError):
+        raise UserError(f"{path}: made by other code, its {type(part).__name__} is not this one; "
+                        "name another --run-dir or --ebm") from None
 
 
 def same_config(path, saved, wanted):
@@ -902,7 +914,8 @@ class Run:
         if (self.path / "config.json").exists():
             same_config(self.path, load_json(self.path / "config.json"), self.config)
         if (self.path / "eval.json").exists():
-            show(f"{self.path} is finished: {load_json(self.path / 'eval.json')}")
+            show(f"{self.path} is finished")
+            show_accuracies(load_json(self.path / "eval.json"))
             sys.exit()
         if args.batch_size % world_size() or args.batch_size < 2 * world_size():
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
@@ -1040,10 +1053,14 @@ class Run:
         """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
         if rank() == 0 and (result := beside_untrained(encoder, self.args)):
             save_json(self.path / "eval.json", result)
-            for name, row in [("trained", result), ("untrained", result["untrained"])]:
-                show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
-                     f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
+            show_accuracies(result)
         barrier()
+
+
+def show_accuracies(result):
+    for name, row in [("trained", result), ("untrained", result["untrained"])]:
+        show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
+             f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
 
 
 def seed_of(*numbers):

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 import torch
 
-from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, beside_untrained, evaluate,
+from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, beside_untrained, evaluate, fill,
                     launch, load, load_ebm, load_json, save_json, set_up, show)
 
 
@@ -29,8 +29,8 @@ def evaluate_run(path, flags):
     saved = load(path / "checkpoint.pt")
     show(f"evaluating {path}, epoch {saved['done']}", last=False)
     encoder = Encoder(args.width)
-    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value
-                             in saved["model"].items() if name.startswith("encoder.")})
+    fill(encoder, {name.removeprefix("encoder."): value for name, value in saved["model"].items()
+                   if name.startswith("encoder.")}, path)
     result = beside_untrained(encoder.to(args.device), args, flags.split)
     if result and saved["done"] == args.epochs and flags.split == "test":
         save_json(done, result)
@@ -68,7 +68,7 @@ def table(rows, untrained, split):
             cells.append(f"{mean(values):.2f}{spread}")
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
-    lines = ["| run | linear | 5-NN | cosine 200-NN | n |", "|---|---|---|---|---|"]
+    lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
     for label, results in settings.items():
         lines.append(line(label, results))
         if untrained and "untrained" in results[0]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import processes
-from common import Discriminator, Encoder, Run, UserError
+from common import Discriminator, Encoder, Run, UserError, restore, save
 from conftest import ROOT
 
 TINY = [*processes.TINY, "--epochs", "5", "--run-dir", "run"]
@@ -65,7 +65,7 @@ def test_a_finished_run_says_so_and_stops(whole):
     directory = whole[0]
     before = (directory / "run" / "log.jsonl").read_bytes()
     status, out, _ = finish("byol_disc.py", directory)
-    assert status == 0 and "is finished" in out
+    assert status == 0 and "is finished\ntrained   encoder: linear" in out
     assert (directory / "run" / "log.jsonl").read_bytes() == before
 
 
@@ -83,7 +83,8 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "stopped: the same command goes on from the last checkpoint"
+    assert err.strip() == ("stopped: the same command goes on from the last checkpoint, "
+                           "if there is one")
     interrupted = weights(tmp_path)
     status, out, err = finish("byol_disc.py", tmp_path)
     assert status == 0, err
@@ -131,6 +132,15 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
                 model.weight.data[0, 0] = float("inf")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["done"] == 1 and saved["model"]["weight"].isfinite().all()
+
+
+def test_a_checkpoint_of_other_code_is_refused(tmp_path):
+    path, model = tmp_path / "checkpoint.pt", torch.nn.Linear(2, 2)
+    save(path, {}, 1, {"model": model})
+    assert restore(path, {}, {"model": torch.nn.Linear(2, 2)}) == 1
+    for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
+        with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
+            restore(path, {}, {"model": other})
 
 
 def test_table_of_runs_and_ebm(whole):

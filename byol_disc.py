@@ -10,7 +10,7 @@
 E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; D the EBM's
 discriminator, g_D the projector of its view.
 
-    python byol_disc.py --smoke             # on drawn shapes, minutes on a CPU: linear 52 %, untrained 21
+    python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 52 %, untrained 21
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
     python byol_disc.py --coeff 0           # its baseline: 90.20 %
 """

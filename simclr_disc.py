@@ -8,7 +8,7 @@
 
 E encoder, g projector; D the EBM's discriminator, g_D the projector of its view.
 
-    python simclr_disc.py --smoke           # on drawn shapes, minutes on a CPU: linear 56 %, untrained 21
+    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU: 56 %, untrained 21
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %
 """

@@ -19,5 +19,6 @@ with torch.no_grad():
     maps = f.maps(augment(x))[-1].square().mean(1, keepdim=True)                   # (10, 1, 8, 8)
 low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
 maps = F.interpolate((maps - low) / (high - low), size=32).expand_as(x)
-grid = make_grid(torch.cat([x, augment(x), augment(x), start, end, augment(end), maps]), nrow=len(x))
+rows = torch.cat([x, augment(x), augment(x), start, end, augment(end), maps])
+grid = make_grid(rows, nrow=len(x))
 save_image(F.interpolate(grid[None], scale_factor=2), Path(__file__).with_name("views.png"))

@@ -16,7 +16,7 @@ x = torch.stack([images[labels == label][1] for label in labels.unique()]) / 255
 start = mix_with_noise(x, 0.6)
 end = langevin(f, start, steps=15, step_size=10, noise_std=0.005)
 with torch.no_grad():
-    maps = f.maps(augment(x))[-1].square().mean(1, keepdim=True)                   # (10, 1, 8, 8)
+    maps = f.maps(augment(x))[-1].square().mean(1, keepdim=True)                   # (N, 1, 8, 8)
 low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
 maps = F.interpolate((maps - low) / (high - low), size=32).expand_as(x)
 rows = torch.cat([x, augment(x), augment(x), start, end, augment(end), maps])

@@ -405,8 +405,9 @@ def mlp(in_dim, hidden_dim, out_dim):
 class Discriminator(nn.Module):
     """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). The shape is ADE's, arXiv:1904.12083.
 
-    `features(x, layers)` -> (B, dims[layers]): the last stage's map, or every stage's, pooled.
-    `rotation` is the head of the rotation loss.
+    `features(x, layers)` -> (B, dims[layers]): the last stage's map, or every stage's, averaged over
+    its pixels; standardised, once `standardise` has seen images. `rotation` is the head of the
+    rotation loss.
     """
 
     def __init__(self, width=64):
@@ -418,6 +419,8 @@ class Discriminator(nn.Module):
                                      nn.Sequential(*conv(4 * w, 4 * w))])
         self.linear = nn.Linear(4 * w, 1)
         self.rotation = nn.Linear(4 * w, 4)
+        self.register_buffer("mean", torch.zeros(10 * w))
+        self.register_buffer("std", torch.ones(10 * w))
         self.to(memory_format=torch.channels_last)
 
     def maps(self, x):
@@ -432,8 +435,16 @@ class Discriminator(nn.Module):
         return self.linear(self.maps(x)[-1].mean((2, 3))).squeeze(1)
 
     def features(self, x, layers="last"):
-        maps = self.maps(x)
-        return torch.cat([m.mean((2, 3)) for m in (maps if layers == "all" else maps[-1:])], 1)
+        maps, dim = self.maps(x), self.dims[layers]
+        pooled = torch.cat([m.mean((2, 3), dtype=torch.float32)
+                            for m in (maps if layers == "all" else maps[-1:])], 1)
+        return (pooled - self.mean[-dim:]) / self.std[-dim:]                       # (B, dim)
+
+    def standardise(self, images):
+        """Let each of the features have mean 0 and variance 1 over images (N, 3, H, W), uint8."""
+        features = extract_features(self, images, partial(self.features, layers="all"))
+        self.mean = self.mean + self.std * features.mean(0)
+        self.std = self.std * features.std(0).clamp_min(1e-6)
 
 
 def conv(in_channels, out_channels):
@@ -726,15 +737,18 @@ def train_ebm(images, args):
              f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
 
     d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
-    show_ebm(images[:32] / 255, args, **kept, replay=state.get("replay"))
+    with autocast(args):
+        d.standardise(images)
+    show_ebm(images, args, **kept, replay=state.get("replay"))
     save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, kept)
     checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
 
 
-def show_ebm(x, args, d, g=None, replay=None):
-    """What an EBM is worth: images x and samples before and after 15 steps, in a picture, and the
+def show_ebm(images, args, d, g=None, replay=None):
+    """What an EBM is worth: images and samples before and after 15 steps, in a picture, and the
     linear probe of f's features beside those of f as it began."""
+    x = images[:32] / 255
     with torch.no_grad():
         x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
                else replay.images[:len(x)].float())
@@ -744,6 +758,8 @@ def show_ebm(x, args, d, g=None, replay=None):
         return
     torch.manual_seed(seed_of(args.seed))
     untrained = ebm_networks(args)["d"]
+    with autocast(args):
+        untrained.standardise(images)
     for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:
         for layers in ["last", "all"]:
             result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])

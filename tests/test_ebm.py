@@ -123,6 +123,7 @@ def test_file_log_and_picture(tmp_path, capsys):
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
+    assert torch.allclose(loaded.features(images / 255).std(0), torch.ones(16), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__

@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from common import Discriminator, Encoder, Generator, mlp
+from common import Discriminator, Encoder, Generator, draw_shapes, mlp
 
 
 def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
@@ -36,6 +36,18 @@ def test_discriminator_features_are_what_f_reads():
     assert torch.equal(d.features(x, "all")[:, -16:], d.features(x, "last"))
     widths = [(m.in_channels, m.out_channels) for m in d.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [(3, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+
+
+def test_features_are_standardised_over_the_images():
+    d, (images, _) = Discriminator(4), draw_shapes(60, seed=3)
+    raw, energies = d.features(images / 255, "all").detach(), d(images / 255)
+    assert raw.std(0).max() < 0.5                                       # not so by themselves
+    for _ in range(2):                                                  # the second changes nothing
+        d.standardise(images)
+        features = d.features(images / 255, "all")
+        assert torch.allclose(features, (raw - raw.mean(0)) / raw.std(0), atol=1e-3)
+        assert torch.equal(d.features(images / 255), features[:, -16:])
+    assert torch.equal(d(images / 255), energies)
 
 
 def test_he_initialisation_keeps_the_variance():

@@ -419,8 +419,8 @@ class Discriminator(nn.Module):
                                      nn.Sequential(*conv(4 * w, 4 * w))])
         self.linear = nn.Linear(4 * w, 1)
         self.rotation = nn.Linear(4 * w, 4)
-        self.register_buffer("mean", torch.zeros(10 * w))
-        self.register_buffer("std", torch.ones(10 * w))
+        self.register_buffer("feature_mean", torch.zeros(10 * w))
+        self.register_buffer("feature_std", torch.ones(10 * w))
         self.to(memory_format=torch.channels_last)
 
     def maps(self, x):
@@ -438,13 +438,14 @@ class Discriminator(nn.Module):
         maps, dim = self.maps(x), self.dims[layers]
         pooled = torch.cat([m.mean((2, 3), dtype=torch.float32)
                             for m in (maps if layers == "all" else maps[-1:])], 1)
-        return (pooled - self.mean[-dim:]) / self.std[-dim:]                       # (B, dim)
+        return (pooled - self.feature_mean[-dim:]) / self.feature_std[-dim:]       # (B, dim)
 
     def standardise(self, images):
         """Let each of the features have mean 0 and variance 1 over images (N, 3, H, W), uint8."""
         features = extract_features(self, images, partial(self.features, layers="all"))
-        self.mean = self.mean + self.std * features.mean(0)
-        self.std = self.std * features.std(0).clamp_min(1e-6)
+        std, mean = torch.std_mean(features, 0, correction=0)
+        self.feature_mean = self.feature_mean + self.feature_std * mean
+        self.feature_std = (self.feature_std * std).clamp_min(1e-6)
 
 
 def conv(in_channels, out_channels):
@@ -699,7 +700,8 @@ def rotation_loss(d, x):
 
 
 def train_ebm(images, args):
-    """Train the EBM on images, uint8 (N, 3, 32, 32), with the flags args; returns the frozen f.
+    """Train the EBM on images, uint8 (N, 3, 32, 32), with the flags args; returns the frozen f,
+    its features standardised over the images.
 
     Writes f and the generator to args.ebm, a log and a picture of samples beside it, and prints
     what a linear probe reads from f's features. Resumes. Raises UserError where f explodes; the

@@ -123,7 +123,10 @@ def test_file_log_and_picture(tmp_path, capsys):
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert torch.allclose(loaded.features(images / 255).std(0), torch.ones(16), atol=1e-3)
+    features = loaded.features(images / 255)
+    assert torch.equal(features, d.features(images / 255))
+    assert torch.allclose(features.mean(0), torch.zeros(16), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), torch.ones(16), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
@@ -138,6 +141,14 @@ def test_file_log_and_picture(tmp_path, capsys):
         get_ebm(images, flags(tmp_path, "--width", "8"))
     with pytest.raises(UserError, match="other images"):
         get_ebm(images[1:], args)
+
+
+def test_no_iterations_give_the_untrained_probe(tmp_path, capsys):
+    args = flags(tmp_path, "--ebm-iters", "0")
+    train_ebm(common.training_images(args), args)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "linear probe" in line]
+    last, every, last_untrained, every_untrained = [line.split(": ")[1] for line in lines]
+    assert last == last_untrained and every == every_untrained and last != every
 
 
 @pytest.mark.parametrize("objective", ["ade", "cd"])
@@ -155,7 +166,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
             train_ebm(images, args)
     assert (tmp_path / "ebm.partial").exists() and not (tmp_path / "ebm.pt").exists()
     resumed = train_ebm(images, args)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
     assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
     (tmp_path / "ebm.pt").unlink()

@@ -42,12 +42,22 @@ def test_features_are_standardised_over_the_images():
     d, (images, _) = Discriminator(4), draw_shapes(60, seed=3)
     raw, energies = d.features(images / 255, "all").detach(), d(images / 255)
     assert raw.std(0).max() < 0.5                                       # not so by themselves
-    for _ in range(2):                                                  # the second changes nothing
-        d.standardise(images)
-        features = d.features(images / 255, "all")
-        assert torch.allclose(features, (raw - raw.mean(0)) / raw.std(0), atol=1e-3)
-        assert torch.equal(d.features(images / 255), features[:, -16:])
+    d.standardise(draw_shapes(20, seed=4)[0])                           # which leaves no trace
+    assert not torch.allclose(d.features(images / 255).mean(0), torch.zeros(16), atol=1e-3)
+    d.standardise(images)
+    features = d.features(images / 255, "all")
+    expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
+    assert torch.allclose(features, expected, atol=1e-3)
+    assert torch.equal(d.features(images / 255), features[:, -16:])
     assert torch.equal(d(images / 255), energies)
+
+
+def test_constant_features_stay_finite():
+    d, images = Discriminator(4), draw_shapes(8, seed=3)[0]
+    for _ in range(2):
+        d.standardise(images[:1])
+        assert torch.allclose(d.features(images[:1] / 255), torch.zeros(16), atol=1e-3)
+        assert d.features(images / 255).abs().max() < 1e7
 
 
 def test_he_initialisation_keeps_the_variance():

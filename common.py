@@ -609,8 +609,12 @@ class ReplayBuffer(nn.Module):
 
 
 def ebm_networks(args):
-    """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`."""
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.999))
+    """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`.
+
+    Adam's second beta bounds a step at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is 32 lr, and one
+    unusual gradient was seen to destroy f (README, "The energy-based model").
+    """
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.9))
     d = Discriminator(args.width).to(args.device)
     state = {"d": d, "optimizer_d": adam(d.parameters(), EBM_LR[0])}
     if args.ebm_objective == "cd":

@@ -143,6 +143,20 @@ def test_file_log_and_picture(tmp_path, capsys):
         get_ebm(images[1:], args)
 
 
+def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
+    def moved_by_an_outlier(optimizer, steps=500):
+        weight = optimizer.param_groups[0]["params"][0]
+        for gradient in steps * [1e-3] + [1e3]:
+            before, weight.grad = weight.detach().clone(), torch.full_like(weight, gradient)
+            optimizer.step()
+        return (weight - before).abs().max().item() / optimizer.param_groups[0]["lr"]
+
+    state = common.ebm_networks(flags(tmp_path))
+    assert moved_by_an_outlier(state["optimizer_d"]) < 3.2
+    assert moved_by_an_outlier(state["optimizer_g"]) < 3.2
+    assert moved_by_an_outlier(torch.optim.Adam(state["d"].parameters(), betas=(0.0, 0.999))) > 10
+
+
 def test_no_iterations_give_the_untrained_probe(tmp_path, capsys):
     args = flags(tmp_path, "--ebm-iters", "0")
     train_ebm(common.training_images(args), args)

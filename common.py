@@ -611,8 +611,8 @@ class ReplayBuffer(nn.Module):
 def ebm_networks(args):
     """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`.
 
-    Adam's second beta bounds a step at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is 32 lr, and one
-    unusual gradient was seen to destroy f (README, "The energy-based model").
+    Adam's second beta bounds a step of a weight at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is
+    32 lr, and such steps were seen to destroy f (README, "The energy-based model").
     """
     adam = partial(torch.optim.Adam, betas=(0.0, 0.9))
     d = Discriminator(args.width).to(args.device)

@@ -1,9 +1,12 @@
 """Shapes, the encoder against torchvision's ResNet-18, the discriminator's features against f."""
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.nn as nn
 import torchvision
 
-from common import Discriminator, Encoder, Generator, draw_shapes, mlp
+from common import Discriminator, Encoder, Generator, draw_shapes, in_bf16, mlp
 
 
 def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
@@ -68,3 +71,13 @@ def test_he_initialisation_keeps_the_variance():
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
     assert d.maps(x)[-1].std().item() < 0.1                             # PyTorch's own start
+
+
+@pytest.mark.parametrize("name, has, auto", [
+    ("AMD EPYC", ["avx512_bf16"], True), ("AMD EPYC", [], False),
+    ("Intel Xeon", ["avx512_bf16"], False), ("Intel Xeon", ["avx512_bf16", "amx_bf16"], True)])
+def test_precision_auto_is_what_the_cpu_is_fast_in(name, has, auto, monkeypatch):
+    cpu = {"cpu_name": name, **dict.fromkeys(has, True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    for precision, expected in [("auto", auto), ("bf16", True), ("fp32", False)]:
+        assert in_bf16(SimpleNamespace(device="cpu", precision=precision)) == expected

@@ -871,7 +871,7 @@ def fill(part, state, path):
         part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError):
         raise UserError(f"{path}: made by other code, its {type(part).__name__} is not this one; "
-                        "name another --run-dir or --ebm") from None
+                        "name another run directory or EBM") from None
 
 
 def same_config(path, saved, wanted):

@@ -403,24 +403,24 @@ def mlp(in_dim, hidden_dim, out_dim):
 
 
 class Discriminator(nn.Module):
-    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). The shape is ADE's, arXiv:1904.12083.
+    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). Convolutions of ADE, arXiv:1904.12083.
 
-    `features(x, layers)` -> (B, dims[layers]): the last stage's map, or every stage's, averaged over
-    its pixels; standardised, once `standardise` has seen images. `rotation` is the head of the
-    rotation loss.
+    `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
+    the last stage's map, in which f is linear, or of every stage's; standardised, once `standardise`
+    has seen images. `rotation` is the head of the rotation loss.
     """
 
     def __init__(self, width=64):
         super().__init__()
         w = width
-        self.dims = {"last": 4 * w, "all": 10 * w}
+        self.dims = {"last": 8 * w, "all": 20 * w}
         self.stages = nn.ModuleList([nn.Sequential(*conv(3, w), *conv(w, 2 * w)),
                                      nn.Sequential(*conv(2 * w, 2 * w), *conv(2 * w, 4 * w)),
                                      nn.Sequential(*conv(4 * w, 4 * w))])
-        self.linear = nn.Linear(4 * w, 1)
-        self.rotation = nn.Linear(4 * w, 4)
-        self.register_buffer("feature_mean", torch.zeros(10 * w))
-        self.register_buffer("feature_std", torch.ones(10 * w))
+        self.linear = nn.Linear(8 * w, 1)
+        self.rotation = nn.Linear(8 * w, 4)
+        self.register_buffer("feature_mean", torch.zeros(20 * w))
+        self.register_buffer("feature_std", torch.ones(20 * w))
         self.to(memory_format=torch.channels_last)
 
     def maps(self, x):
@@ -432,12 +432,11 @@ class Discriminator(nn.Module):
         return maps              # (B, 2w, H, W), (B, 4w, H/2, W/2), (B, 4w, H/4, W/4)
 
     def forward(self, x):
-        return self.linear(self.maps(x)[-1].mean((2, 3))).squeeze(1)
+        return self.linear(pool(self.maps(x)[-1])).squeeze(1)
 
     def features(self, x, layers="last"):
         maps, dim = self.maps(x), self.dims[layers]
-        pooled = torch.cat([m.mean((2, 3), dtype=torch.float32)
-                            for m in (maps if layers == "all" else maps[-1:])], 1)
+        pooled = torch.cat([pool(m) for m in (maps if layers == "all" else maps[-1:])], 1)
         return (pooled - self.feature_mean[-dim:]) / self.feature_std[-dim:]       # (B, dim)
 
     def standardise(self, images):
@@ -446,6 +445,12 @@ class Discriminator(nn.Module):
         std, mean = torch.std_mean(features, 0, correction=0)
         self.feature_mean = self.feature_mean + self.feature_std * mean
         self.feature_std = (self.feature_std * std).clamp_min(1e-6)
+
+
+def pool(maps):
+    """Mean and variance over the pixels of each channel: (B, C, H, W) -> (B, 2C), in fp32."""
+    variance, mean = torch.var_mean(maps.float(), (2, 3), correction=0)
+    return torch.cat([mean, variance], 1)
 
 
 def conv(in_channels, out_channels):

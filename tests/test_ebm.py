@@ -125,8 +125,8 @@ def test_file_log_and_picture(tmp_path, capsys):
     assert not any(p.requires_grad for p in loaded.parameters())
     features = loaded.features(images / 255)
     assert torch.equal(features, d.features(images / 255))
-    assert torch.allclose(features.mean(0), torch.zeros(16), atol=1e-3)
-    assert torch.allclose(features.std(0, correction=0), torch.ones(16), atol=1e-3)
+    assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), torch.ones(32), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__

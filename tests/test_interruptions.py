@@ -66,7 +66,7 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
     await_file(tmp_path / "ebm.partial")
     second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "60")
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
-    assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 16
+    assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 32
     out = (tmp_path / "out").read_text()
     assert out.count("after 60 iterations: ") == 2 and out.count("waiting for the proc") == 1
     assert not {path.name for path in tmp_path.iterdir()} & {"ebm.lock", "ebm.partial"}

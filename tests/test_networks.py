@@ -1,4 +1,5 @@
 """Shapes, the encoder against torchvision's ResNet-18, the discriminator's features against f."""
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -36,9 +37,21 @@ def test_discriminator_features_are_what_f_reads():
     for layers in ("last", "all"):
         assert d.features(x, layers).shape == (5, d.dims[layers])
     assert torch.allclose(d.linear(d.features(x)).squeeze(1), d(x), atol=1e-6)
-    assert torch.equal(d.features(x, "all")[:, -16:], d.features(x, "last"))
+    assert torch.equal(d.features(x, "all")[:, -32:], d.features(x, "last"))
     widths = [(m.in_channels, m.out_channels) for m in d.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [(3, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+
+
+def test_features_are_mean_and_variance_of_each_channel():
+    d, x = Discriminator(4), torch.rand(2, 3, 32, 32)
+    channels = [channel for image in d.maps(x)[-1].tolist() for channel in image]     # 2 * 16 of 8x8
+    values = [[v for row in channel for v in row] for channel in channels]
+    mean, variance, unbiased = (
+        torch.tensor([of(v) for v in values]).reshape(2, 16)
+        for of in (statistics.fmean, statistics.pvariance, statistics.variance))
+    features = d.features(x)
+    assert torch.allclose(features, torch.cat([mean, variance], 1), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(features, torch.cat([mean, unbiased], 1), rtol=1e-4, atol=1e-6)
 
 
 def test_features_are_standardised_over_the_images():
@@ -46,12 +59,12 @@ def test_features_are_standardised_over_the_images():
     raw, energies = d.features(images / 255, "all").detach(), d(images / 255)
     assert raw.std(0).max() < 0.5                                       # not so by themselves
     d.standardise(draw_shapes(20, seed=4)[0])                           # which leaves no trace
-    assert not torch.allclose(d.features(images / 255).mean(0), torch.zeros(16), atol=1e-3)
+    assert not torch.allclose(d.features(images / 255).mean(0), torch.zeros(32), atol=1e-3)
     d.standardise(images)
     features = d.features(images / 255, "all")
     expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
     assert torch.allclose(features, expected, atol=1e-3)
-    assert torch.equal(d.features(images / 255), features[:, -16:])
+    assert torch.equal(d.features(images / 255), features[:, -32:])
     assert torch.equal(d(images / 255), energies)
 
 
@@ -59,7 +72,7 @@ def test_constant_features_stay_finite():
     d, images = Discriminator(4), draw_shapes(8, seed=3)[0]
     for _ in range(2):
         d.standardise(images[:1])
-        assert torch.allclose(d.features(images[:1] / 255), torch.zeros(16), atol=1e-3)
+        assert torch.allclose(d.features(images[:1] / 255), torch.zeros(32), atol=1e-3)
         assert d.features(images / 255).abs().max() < 1e7
 
 

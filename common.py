@@ -403,11 +403,11 @@ def mlp(in_dim, hidden_dim, out_dim):
 
 
 class Discriminator(nn.Module):
-    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). Convolutions of ADE, arXiv:1904.12083.
+    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). Shaped like ADE's, arXiv:1904.12083.
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
-    the last stage's map, in which f is linear, or of every stage's; standardised, once `standardise`
-    has seen images. `rotation` is the head of the rotation loss.
+    the last stage's map, in which f is linear, or of every stage's; standardised, once
+    `standardise` has seen images. `rotation` is the head of the rotation loss.
     """
 
     def __init__(self, width=64):

@@ -9,7 +9,7 @@
 E encoder, g projector; D(v) the pooled, standardised features of the EBM's discriminator, g_D the
 projector of their view.
 
-    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU: 87 %, untrained 21
+    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU: 85 %, untrained 21
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %
 """

@@ -44,7 +44,7 @@ def test_discriminator_features_are_what_f_reads():
 
 def test_features_are_mean_and_variance_of_each_channel():
     d, x = Discriminator(4), torch.rand(2, 3, 32, 32)
-    channels = [channel for image in d.maps(x)[-1].tolist() for channel in image]     # 2 * 16 of 8x8
+    channels = [channel for image in d.maps(x)[-1].tolist() for channel in image]    # 2 * 16 of 8x8
     values = [[v for row in channel for v in row] for channel in channels]
     mean, variance, unbiased = (
         torch.tensor([of(v) for v in values]).reshape(2, 16)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from common import Discriminator, Encoder, Generator, draw_shapes, in_bf16, mlp
+from common import Discriminator, Encoder, Generator, draw_shapes, in_bf16, mlp, pool
 
 
 def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
@@ -52,6 +52,8 @@ def test_features_are_mean_and_variance_of_each_channel():
     features = d.features(x)
     assert torch.allclose(features, torch.cat([mean, variance], 1), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(features, torch.cat([mean, unbiased], 1), rtol=1e-4, atol=1e-6)
+    rounded = d.maps(x)[-1].bfloat16()
+    assert torch.equal(pool(rounded), pool(rounded.float()))            # in fp32, whatever the map
 
 
 def test_features_are_standardised_over_the_images():

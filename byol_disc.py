@@ -7,8 +7,8 @@
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
     E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
 
-E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; D(v)
-the pooled, standardised features of the EBM's discriminator, g_D the projector of their view.
+E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; D(v) mean and
+variance of each channel of the EBM's discriminator, standardised; g_D their projector.
 
     python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 54 %, untrained 21
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs

@@ -212,8 +212,8 @@ def read_folder(root, split):
         show(f"{root / split}: {len(others)} left out that are no images, {others[0]} the first")
 
     show(f"reading {len(files)} images of {root / split}", last=False)
-    with ThreadPoolExecutor() as pool:
-        images = torch.stack(list(pool.map(read_image, [path for path, _ in files])))
+    with ThreadPoolExecutor() as threads:
+        images = torch.stack(list(threads.map(read_image, [path for path, _ in files])))
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
 
 
@@ -407,7 +407,7 @@ class Discriminator(nn.Module):
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
     the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise` has seen images. `rotation` is the head of the rotation loss.
+    `standardise` has seen images. `rotation` is the rotation loss's head, on the raw features.
     """
 
     def __init__(self, width=64):
@@ -751,7 +751,8 @@ def train_ebm(images, args):
     with autocast(args):
         d.standardise(images)
     show_ebm(images, args, **kept, replay=state.get("replay"))
-    save(path, {**config, "data_dir": args.data_dir}, args.ebm_iters, kept)
+    as_made = {"data_dir": args.data_dir, "precision": args.precision}
+    save(path, {**config, **as_made}, args.ebm_iters, kept)
     checkpoint.unlink(missing_ok=True)
     return d.requires_grad_(False)
 
@@ -768,7 +769,7 @@ def show_ebm(images, args, d, g=None, replay=None):
     if not has_test(args):
         return
     torch.manual_seed(seed_of(args.seed))
-    untrained = ebm_networks(args)["d"]
+    untrained = Discriminator(args.width).to(args.device)
     with autocast(args):
         untrained.standardise(images)
     for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:

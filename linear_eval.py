@@ -40,7 +40,7 @@ def evaluate_run(path, flags):
 def evaluate_ebm(path, flags):
     """Config and accuracies of an EBM's discriminator, for its last stage and for all of them."""
     network, config = load_ebm(path, flags.device), load(path)["config"]
-    args = argparse.Namespace(**{**config, "device": flags.device, "precision": "auto"})
+    args = argparse.Namespace(**{**config, "device": flags.device})
     args.data_dir = flags.data_dir or args.data_dir
     for layers in ["last", "all"]:
         show(f"evaluating {path}, {layers}", last=False)

@@ -73,6 +73,29 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     assert close(expected) and not any(map(close, wrong))
 
 
+@pytest.mark.parametrize("objective", ["ade", "cd"])
+def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
+    args = flags(tmp_path, "--ebm-objective", objective)
+    x, method = draw_shapes(8, seed=3)[0] / 255, getattr(common, f"{objective}_step")
+
+    def weights_of(d):
+        return torch.cat([p.detach().flatten() for p in d.parameters()])
+
+    def step(**autocast):
+        torch.manual_seed(0)
+        state = common.ebm_networks(args)
+        state["optimizer_d"] = torch.optim.SGD(state["d"].parameters(), lr=1.0)
+        before = weights_of(state["d"])
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            meters = method(x, 0.7, **state)
+        assert {value.dtype for value in meters.values()} == {torch.float32}
+        return weights_of(state["d"]) - before
+
+    rounded, exact = step(), step(enabled=False)
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    assert torch.equal(step(), rounded)
+
+
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
     replay, starts, d = ReplayBuffer(1000), [], Discriminator(4)
@@ -184,7 +207,8 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
     rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
     assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
     (tmp_path / "ebm.pt").unlink()
-    other = train_ebm(images, flags(tmp_path, "--ebm-iters", "6", "--seed", "1"))
+    args.seed = 1
+    other = train_ebm(images, args)
     assert "rotation" in json.loads(rows[1])
     assert not torch.equal(other.linear.weight, whole.linear.weight)
 

@@ -44,14 +44,16 @@ def test_discriminator_features_are_what_f_reads():
 
 def test_features_are_mean_and_variance_of_each_channel():
     d, x = Discriminator(4), torch.rand(2, 3, 32, 32)
-    channels = [channel for image in d.maps(x)[-1].tolist() for channel in image]    # 2 * 16 of 8x8
-    values = [[v for row in channel for v in row] for channel in channels]
-    mean, variance, unbiased = (
-        torch.tensor([of(v) for v in values]).reshape(2, 16)
-        for of in (statistics.fmean, statistics.pvariance, statistics.variance))
-    features = d.features(x)
-    assert torch.allclose(features, torch.cat([mean, variance], 1), rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(features, torch.cat([mean, unbiased], 1), rtol=1e-4, atol=1e-6)
+
+    def expected(variance):
+        return torch.cat([torch.tensor([[of(channel.flatten().tolist()) for channel in image]
+                                        for image in stage])
+                          for stage in d.maps(x) for of in (statistics.fmean, variance)], 1)
+
+    right, unbiased = expected(statistics.pvariance), expected(statistics.variance)
+    assert torch.allclose(d.features(x, "all"), right, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(d.features(x, "last"), right[:, -32:], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(d.features(x, "all"), unbiased, rtol=1e-4, atol=1e-6)
     rounded = d.maps(x)[-1].bfloat16()
     assert torch.equal(pool(rounded), pool(rounded.float()))            # in fp32, whatever the map
 

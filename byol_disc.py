@@ -8,7 +8,8 @@
     E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
 
 E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; D(v) mean and
-variance of each channel of the EBM's discriminator, standardised; g_D their projector.
+variance of each channel of the last map of the EBM's discriminator (--layers all: of the last of
+each stage), standardised; g_D their projector.
 
     python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 54 %, untrained 21
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs

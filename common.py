@@ -82,16 +82,18 @@ def make_parser(doc, training=True):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="number format in the networks; auto: bf16 where the device is fast in it")
-    add("--smoke", action="store_true", help="preset of the other flags: minutes on a CPU")
+    add("--smoke", action="store_true",
+        help="preset of other flags: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
-    add("--ebm", default="", help="its file, made if missing; empty: in runs/, by its flags")
+    add("--ebm", default="",
+        help="its file, made if missing; empty: in runs/, by its flags and --seed")
     add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade", "cd"], default="ade",
-        help="f's negatives: ade: a generator's images, refined by five Langevin steps; "
-             "cd: persistent chains from a replay buffer")
+        help="f's negatives: ade, adversarial dynamics embedding: a generator's images, refined "
+             "by five Langevin steps; cd, contrastive divergence: chains from a replay buffer")
     add("--ebm-rotation", type=number(float, 0), default=0,
-        help="weight of a rotation loss in D's training, 0.2 of it in G's; 0: none")
+        help="weight of a rotation loss of the discriminator, 0.2 of it of the generator; 0: none")
     if not training:
         return parser
     add = parser.add_argument_group("training").add_argument
@@ -125,8 +127,9 @@ def parse_flags(parser, argv=None):
     data += f"-{args.subset}" if args.subset else ""
     if "run_dir" in args:
         args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
-    turned = f"rotation={args.ebm_rotation}-" if args.ebm_rotation else ""
-    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}-{turned}"
+    options = [("rotation", args.ebm_rotation), ("seed", args.seed)]
+    options = "".join(f"-{name}={value}" for name, value in options if value)
+    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}{options}-"
                             f"{args.ebm_iters}.pt")
     if Path(args.ebm).suffix != ".pt":
         raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")

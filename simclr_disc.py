@@ -6,8 +6,8 @@
     pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
-E encoder, g projector; D(v) mean and variance of each channel of the EBM's discriminator,
-standardised; g_D their projector.
+E encoder, g projector; D(v) mean and variance of each channel of the last map of the EBM's
+discriminator (--layers all: of the last of each stage), standardised; g_D their projector.
 
     python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU: 85 %, untrained 21
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs

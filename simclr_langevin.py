@@ -64,7 +64,7 @@ def parse():
     parser.add_argument("--noise-std", type=number(float, 0), default=1.0,
                         help="std of the noise of a step, in units of --noise-unit")
     parser.add_argument("--noise-unit", type=number(float, 0), default=0.005,
-                        help="std 1 as a share of the pixel range; at 1 noise drowns the image")
+                        help="what --noise-std 1 is, as a share of the pixel range")
     parser.add_argument("--grad-clip", type=number(float, 0), default=0.01,
                         help="bound on each pixel's gradient; larger lets f move further")
     parser.add_argument("--alpha", type=number(float, 0, 1), default=0.6,

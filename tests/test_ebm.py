@@ -166,6 +166,17 @@ def test_file_log_and_picture(tmp_path, capsys):
         get_ebm(images[1:], args)
 
 
+def test_each_setting_of_an_ebm_has_a_file_of_its_own():
+    def name(*flags):
+        return common.parse_flags(common.make_parser("x"), flags).ebm
+
+    names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "8"),
+             name("--ebm-objective", "cd"), name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
+             name("--seed", "1"), name("--seed", "2")]
+    assert len(set(names)) == len(names)
+    assert name("--lr", "1", "--epochs", "2") == name()                 # what all runs share
+
+
 def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
     def moved_by_an_outlier(optimizer, steps=500):
         weight = optimizer.param_groups[0]["params"][0]

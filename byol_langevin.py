@@ -115,7 +115,7 @@ def main():
     model = BYOL(args, f).to(args.device)
     ddp = distribute(model)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
-                                 lr=args.lr, weight_decay=1e-6)
+                                 lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):

@@ -346,7 +346,8 @@ def color_jitter(x, factors, shift, order, hue_place):
 
 def luminance(x):
     """Gray values of x (B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def shift_hue(x, shift):
@@ -356,7 +357,7 @@ def shift_hue(x, shift):
     hue = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g))
     hue = hue / chroma.clamp_min(1e-9) + 6 * shift[:, None, None]
     hue = hue + torch.where(high == r, 0, torch.where(high == g, 2, 4))
-    k = (hue[:, None] + x.new_tensor([5, 3, 1])[:, None, None]) % 6
+    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -410,7 +411,7 @@ class Discriminator(nn.Module):
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
     the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise` has seen images. `rotation` is the rotation loss's head, on the raw features.
+    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw features.
     """
 
     def __init__(self, width=64):
@@ -443,8 +444,8 @@ class Discriminator(nn.Module):
         return (pooled - self.feature_mean[-dim:]) / self.feature_std[-dim:]       # (B, dim)
 
     def standardise(self, images):
-        """Let each of the features have mean 0 and variance 1 over images (N, 3, H, W), uint8."""
-        features = extract_features(self, images, partial(self.features, layers="all"))
+        """Let each feature have mean 0 and variance 1 over augmented images (N, 3, H, W), uint8."""
+        features = extract_features(self, images, lambda x: self.features(augment(x), "all"))
         std, mean = torch.std_mean(features, 0, correction=0)
         self.feature_mean = self.feature_mean + self.feature_std * mean
         self.feature_std = (self.feature_std * std).clamp_min(1e-6)
@@ -597,8 +598,7 @@ def target_tau(tau, progress):
 @torch.no_grad()
 def ema_update(target, online, tau):
     """target <- tau * target + (1 - tau) * online; parameters only, each has buffers of its own."""
-    for t, o in zip(target.parameters(), online.parameters()):
-        t.lerp_(o, 1 - tau)
+    torch._foreach_lerp_([*target.parameters()], [*online.parameters()], 1 - tau)
 
 
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
@@ -622,7 +622,7 @@ def ebm_networks(args):
     Adam's second beta bounds a step of a weight at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is
     32 lr, and such steps were seen to destroy f (README, "The energy-based model").
     """
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.9))
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.9), fused=True)
     d = Discriminator(args.width).to(args.device)
     state = {"d": d, "optimizer_d": adam(d.parameters(), EBM_LR[0])}
     if args.ebm_objective == "cd":
@@ -751,6 +751,7 @@ def train_ebm(images, args):
              f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
 
     d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
+    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
     with autocast(args):
         d.standardise(images)
     show_ebm(images, args, **kept, replay=state.get("replay"))
@@ -773,6 +774,7 @@ def show_ebm(images, args, d, g=None, replay=None):
         return
     torch.manual_seed(seed_of(args.seed))
     untrained = Discriminator(args.width).to(args.device)
+    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
     with autocast(args):
         untrained.standardise(images)
     for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:

@@ -35,8 +35,8 @@ class SimCLR(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
-        z1 = self.projector(self.encoder(v1))                             # eq. (1)
-        z2 = self.projector(self.encoder(v2))
+        h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
+        z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
@@ -73,7 +73,7 @@ def main():
     model = SimCLR(args, discriminator).to(args.device)
     ddp = distribute(model)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
-                                 lr=args.lr, weight_decay=1e-6)
+                                 lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):

@@ -146,8 +146,9 @@ def test_file_log_and_picture(tmp_path, capsys):
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
-    features = loaded.features(images / 255)
-    assert torch.equal(features, d.features(images / 255))
+    assert torch.equal(loaded.features(images / 255), d.features(images / 255))
+    torch.manual_seed(common.seed_of(args.seed, 3))
+    features = loaded.features(common.augment(images))                  # what the method sees
     assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-3)
     assert torch.allclose(features.std(0, correction=0), torch.ones(32), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]

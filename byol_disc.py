@@ -20,9 +20,10 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, byol_loss, distribute, ema_update, get_ebm,
-                    launch, lr_factor, make_parser, mlp, number, parse_flags, target_tau,
-                    training_images, z_std)
+from common import (Encoder, Run, augment, autocast, byol_loss, distribute, ema_update, launch,
+                    lr_factor, make_parser, mlp, number, parse_flags, target_tau, training_images,
+                    z_std)
+from linear_eval import evaluate
 
 
 class BYOL(nn.Module):
@@ -84,10 +85,10 @@ def parse():
 
 def main():
     args = parse()
-    run = Run(args)
-    images = training_images(args).to(args.device)
+    images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
+    run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    discriminator = get_ebm(images, args) if args.coeff > 0 else None
+    discriminator = run.get_ebm(images)
     torch.manual_seed(args.seed)
     model = BYOL(args, discriminator).to(args.device)
     ddp = distribute(model)
@@ -105,7 +106,7 @@ def main():
             schedule.step()
             model.update_target(target_tau(args.tau, run.step / total_steps))
             run.log(loss=loss, **terms)
-    run.evaluate(model.encoder)
+    run.finish(model.encoder)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """What the four experiments share, in the order in which the data flows.
 
 Flags, data, augmentation, networks, the Langevin sampler, losses, optimisation, the energy-based
-model (EBM), files, runs, evaluation, several devices. Outside a network images are in [0, 1], or
+model (EBM), files, runs, several devices. Outside a network images are in [0, 1], or
 uint8 at rest.
 
     python common.py                        # train the EBM alone (a script does it if needed)
 """
 import argparse
-import fcntl
+import atexit
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,27 +31,29 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
+from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-# --- Flags: the common ones, and how a mistake reaches the user ------------------------------
+try:
+    import fcntl
+except ImportError:                                       # not on Windows
+    fcntl = None
+
+# --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
+# A flag is added here, or in the one script that needs it; `parse_flags` names and checks paths.
 
 
 class UserError(Exception):
     """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        without = action.default is None or action.default is False or action.default == ""
-        return action.help if without else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False, formatter_class=Help)
+        super().__init__(**settings, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         raise UserError(message)
@@ -75,18 +80,19 @@ def make_parser(doc, training=True):
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
         help="train on this many images; 0: all. The probe has the labels of all")
-    add("--width", type=number(int, 1), default=64,
-        help="channels of each network's narrowest stage; the others grow with it")
+    add("--width", type=number(int, 8), default=64,
+        help="channels of each network's narrowest stage, the others grow with it; at least 8, as "
+             "some CPUs' kernels corrupt memory with fewer")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="random seed of weights, batches, views and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="torch device: cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="number format in the networks; auto: bf16 where the device is fast in it")
     add("--smoke", action="store_true",
         help="preset of other flags: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
-    add("--ebm", default="",
-        help="its file, made if missing; empty: in runs/, by its flags and --seed")
+    add("--ebm", help="its file, made if missing; None: in runs/, by its flags and --seed")
     add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["ade", "cd"], default="ade",
@@ -103,53 +109,111 @@ def make_parser(doc, training=True):
     add("--schedule", choices=["step", "cosine"], default="step",
         help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
     add("--emb", type=number(int, 1), default=64, help="dimension of the embedding z")
-    add("--run-dir", default="", help="where the run is kept; empty: in runs/, by its flags")
+    add("--run-dir", help="where the run is kept; None: in runs/, by its flags")
     add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
     return parser
 
 
-SMOKE = dict(dataset="synthetic", subset=4000, width=16, epochs=10, batch_size=64,
-             schedule="cosine", ebm_iters=50)
-NEUTRAL = {"run_dir", "device", "eval_every"}             # no part of what a run is
+def add_langevin_flags(parser):
+    """The flags of the Langevin scripts' third view."""
+    add = parser.add_argument
+    add("--steps", type=number(int, 0), default=15,
+        help="Langevin steps; more go further from the image; 0: I_0 alone")
+    add("--step-size", type=number(float, 0), default=10,
+        help="factor on the gradient of f; larger climbs faster; 0: noise alone")
+    add("--noise-std", type=number(float, 0), default=1.0,
+        help="std of the noise of a step, in units of --noise-unit")
+    add("--noise-unit", type=number(float, 0), default=0.005,
+        help="what --noise-std 1 is, as a share of the pixel range")
+    add("--grad-clip", type=number(float, 0), default=0.01,
+        help="bound on each pixel's gradient; larger lets f move further")
+    add("--alpha", type=number(float, 0, 1), default=0.6,
+        help="share of the image in I_0, the rest is noise; 1: the image itself")
+    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
+        help="auxiliary: new images each step, as a third view; dataset: one for each training "
+             "image, made once and added to them, without a view: an epoch has twice the steps")
+    add("--view", choices=["langevin", "augment"], default="langevin",
+        help="augment: one more ordinary view instead, a control without an EBM")
+
+
+SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=10, batch_size=32,
+             schedule="cosine", ebm_iters=40, tau=0.95)
+NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where, not what, a run is
 
 
 def parse_flags(parser, argv=None):
-    """Parse, with the preset of --smoke, and fill in where the run and its EBM are kept."""
+    """Parse, with the preset of --smoke; name where things are kept; check what can be known."""
     if parser.parse_known_args(argv)[0].smoke:
-        parser.set_defaults(**SMOKE)
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
     args = parser.parse_args(argv)
-
-    differing = [f"{flag}={Path(value).stem if flag in ('data_dir', 'ebm') else value}"
-                 for flag, value in vars(args).items()
-                 if flag not in NEUTRAL and value != parser.get_default(flag)]
     args.script = Path(parser.prog).stem
-    data = args.dataset if args.dataset != "folder" else Path(args.data_dir).stem
-    data += f"-{args.subset}" if args.subset else ""
+    if getattr(args, "use", "") == "dataset" and args.view == "augment":
+        raise UserError("--view augment: there is no third view with --use dataset")
+    name_files(parser, args)
+    check_files(args)
+    set_up(args)
+    return args
+
+
+def name_files(parser, args):
+    """Name the run's directory and its EBM's file by the flags that make them what they are."""
+    differing = [f"{flag}={value}" for flag, value in vars(args).items()
+                 if flag not in NOT_IDENTITY | {"script"} and value != parser.get_default(flag)]
     if "run_dir" in args:
         args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
-    options = [("rotation", args.ebm_rotation), ("seed", args.seed)]
-    options = "".join(f"-{name}={value}" for name, value in options if value)
-    args.ebm = args.ebm or (f"runs/ebm-{data}-width={args.width}-{args.ebm_objective}{options}-"
-                            f"{args.ebm_iters}.pt")
-    if Path(args.ebm).suffix != ".pt":
-        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
-    for flag, path in [("--run-dir", getattr(args, "run_dir", ".")), ("--ebm", args.ebm)]:
-        parent = next(p for p in Path(path).absolute().parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise UserError(f"{flag} {path}: {parent} is not a directory to write in")
-    return args
+    parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
+             f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
+             f"seed={args.seed}" if args.seed else "", args.ebm_iters]
+    args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
+
+
+def needs_ebm(args):
+    """Whether the flags ask for images or features of an EBM; alone (common.py) they do."""
+    third_view = getattr(args, "coeff", 1) > 0 and getattr(args, "view", "") != "augment"
+    return third_view or getattr(args, "use", "") == "dataset"
+
+
+def check_files(args):
+    """UserError where what this command is going to write cannot be written."""
+    ebm = Path(args.ebm)
+    if ebm.suffix != ".pt":
+        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
+    if "run_dir" in args:
+        check_writable("--run-dir", Path(args.run_dir), unless=Path(args.run_dir) / "eval.json")
+    if needs_ebm(args):
+        check_writable("--ebm", ebm.with_suffix(""), unless=ebm)
+        check_writable("--ebm", ebm.parent, unless=ebm)
+
+
+def check_writable(flag, directory, unless):
+    """UserError if the directory cannot be made or written in; where `unless` is, it need not."""
+    path = directory.absolute()
+    try:
+        if unless.exists():
+            return
+        Path(f"{path}.pt.new").exists()                                  # raises if it is too long
+        found = next(parent for parent in [path, *path.parents] if parent.exists())
+        problem = ("is not a directory" if not found.is_dir() else
+                   "" if os.access(found, os.W_OK | os.X_OK) else "cannot be written in")
+    except OSError as error:
+        found, problem = path.name, error.strerror.lower()
+    if problem:
+        raise UserError(f"{flag} {unless if flag == '--ebm' else directory}: {found} {problem}; "
+                        f"name another {flag}")
 
 
 def launch(main):
     """Run a script's `main`; a mistake or a signal becomes one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):                              # print any name and sign
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}; nothing that was there is lost", file=sys.stderr)
+    except (UserError, OSError) as error:
+        lost = "" if isinstance(error, UserError) else "; nothing that was there is lost"
+        print(f"error: {error}{lost}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the last checkpoint, if there is one",
@@ -178,7 +242,7 @@ def load_images(dataset, data_dir, split):
         try:
             data = source(data_dir, parts[split])
         except RuntimeError:                                         # it is not there
-            with alone_at(Path(data_dir) / dataset):                 # several ranks or runs may ask
+            with lock(Path(data_dir) / f"{dataset}.lock"):           # several ranks or runs may ask
                 data = source(data_dir, parts[split], download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
@@ -192,36 +256,40 @@ def load_images(dataset, data_dir, split):
 
 
 def read_folder(root, split):
-    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/*, classes in order of name.
+    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
 
     Hidden files are left out; so are those not named like an image, and a printed line says so.
     """
-    if not (root / "train").is_dir():
+    train, known, others = root / "train", Image.registered_extensions(), []
+
+    def subfolders(directory):
+        return sorted(path.name for path in directory.glob("[!.]*") if path.is_dir())
+
+    def is_image(path):
+        path = Path(path)
+        if path.suffix.lower() not in known and not path.name.startswith("."):
+            others.append(path)
+        return path.suffix.lower() in known and not path.name.startswith(".")
+
+    classes = {name: label for label, name in enumerate(subfolders(train))}
+    if not classes:
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    classes = subfolders(root / "train")
     if more := set(subfolders(root / split)) - set(classes):
-        raise UserError(f"{root / split / min(more)}: no such class in {root / 'train'}; remove it")
-    files, others, known = [], [], Image.registered_extensions()
-    for label, name in enumerate(classes):
-        paths = sorted((root / split / name).glob("[!.]*"))
-        found = [path for path in paths if path.suffix.lower() in known]
-        if split == "train" and not found:
-            raise UserError(f"{root / split / name}: has no image; add some, or remove the class")
-        files += [(path, label) for path in found]
-        others += [path for path in paths if path.suffix.lower() not in known]
+        raise UserError(f"{root / split / min(more)}: no such class in {train}; remove it")
+    try:
+        files = make_dataset(root / split, classes, is_valid_file=is_image,
+                             allow_empty=split != "train")
+    except FileNotFoundError as error:
+        raise UserError(f"{train}: {error}Add some, or remove the class") from None
     if not files:
         raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
     if others:
         show(f"{root / split}: {len(others)} left out that are no images, {others[0]} the first")
 
-    show(f"reading {len(files)} images of {root / split}", last=False)
+    show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
         images = torch.stack(list(threads.map(read_image, [path for path, _ in files])))
     return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
-
-
-def subfolders(root):
-    return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
 
 
 def has_test(args):
@@ -229,16 +297,46 @@ def has_test(args):
 
 
 def read_image(path):
-    """An image file of any mode and size -> uint8 (32, 32, 3), upright, on white if transparent."""
+    """An image file -> uint8 (32, 32, 3), upright, on white if transparent, 16 bits scaled to 8."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.open(BytesIO(Path(path).read_bytes()))
+        orientation = pop_orientation(image)
+        image.load()
+        if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
+            bits = bits_of(image)
+            gray = np.asarray(image) * (255 / (2**bits - 1))
+            image = Image.fromarray(gray.round().astype(np.uint8))
         image = image.convert("RGBA")
     except Exception as error:                            # PIL raises of many kinds on bad files
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def pop_orientation(image):
+    """EXIF's orientation (1 to 8), taken out; metadata that cannot be read is no orientation."""
+    try:
+        return int(image.getexif().pop(0x0112, 1))
+    except Exception:                                     # of any kind, as above
+        return 1
+
+
+def bits_of(image):
+    """Bits of the gray values of a PIL image of more than 8, by its format; ValueError if none."""
+    if image.mode != "F" and image.format in {"PNG", "PPM", "JPEG2000"}:
+        return 16
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        return image.tag_v2.get(258, (16,))[0]            # BitsPerSample: 12 or 16
+    raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; save it with 8 "
+                     "or 16 bits")
 
 
 def draw_shapes(n, seed):
@@ -411,7 +509,8 @@ class Discriminator(nn.Module):
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
     the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw features.
+    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw
+    features.
     """
 
     def __init__(self, width=64):
@@ -445,7 +544,9 @@ class Discriminator(nn.Module):
 
     def standardise(self, images):
         """Let each feature have mean 0 and variance 1 over augmented images (N, 3, H, W), uint8."""
-        features = extract_features(self, images, lambda x: self.features(augment(x), "all"))
+        with torch.no_grad():
+            features = torch.cat([self.features(augment(x.to(self.linear.weight.device)), "all")
+                                  for x in images.split(500)])
         std, mean = torch.std_mean(features, 0, correction=0)
         self.feature_mean = self.feature_mean + self.feature_std * mean
         self.feature_std = (self.feature_std * std).clamp_min(1e-6)
@@ -522,15 +623,15 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
     return x
 
 
-def langevin_flags(args):
-    """The flags' step size, noise std in units of the pixel range, and bound on the gradient."""
-    return {"step_size": args.step_size, "noise_std": args.noise_std * args.noise_unit,
-            "grad_clip": args.grad_clip}
+def chain_flags(args):
+    """What `generate` takes of the flags, the noise's std in units of the pixel range."""
+    return {"alpha": args.alpha, "steps": args.steps, "step_size": args.step_size,
+            "noise_std": args.noise_std * args.noise_unit, "grad_clip": args.grad_clip}
 
 
-def generate(f, x, args):
+def generate(f, x, alpha, steps, step_size, noise_std, grad_clip):
     """I_steps of the chains that start from images x (B, 3, H, W), uint8 -> in [0, 1]."""
-    return langevin(f, mix_with_noise(x / 255, args.alpha), args.steps, **langevin_flags(args))
+    return langevin(f, mix_with_noise(x / 255, alpha), steps, step_size, noise_std, grad_clip)
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
@@ -605,7 +706,7 @@ def ema_update(target, online, tau):
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
-BLOCK = 100                                         # iterations between log lines and checkpoints
+EBM_ROUND = 100                                     # iterations between two lines of the log
 
 
 class ReplayBuffer(nn.Module):
@@ -713,90 +814,76 @@ def rotation_loss(d, x):
 
 def train_ebm(images, args):
     """Train the EBM on images, uint8 (N, 3, 32, 32), with the flags args; returns the frozen f,
-    its features standardised over the images.
+    its features standardised.
 
-    Writes f and the generator to args.ebm, a log and a picture of samples beside it, and prints
-    what a linear probe reads from f's features. Resumes. Raises UserError where f explodes; the
-    last good checkpoint stays.
+    Writes f and the generator to args.ebm; log, checkpoint and a picture of samples to the
+    directory of the same name. Resumes. Raises UserError where f explodes; the last good state
+    stays.
     """
     path, config = Path(args.ebm), ebm_config(images, args)
-    checkpoint, log = path.with_suffix(".partial"), path.with_suffix(".jsonl")
+    as_made = {"seed": args.seed, "precision": args.precision}
+    training = Training(path.with_suffix(""), {**config, **as_made})
+    training.open(wait=True)
+    if path.exists():                                     # another process has made it meanwhile
+        return load_ebm(path, args.device)
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
     step = {"ade": ade_step, "cd": cd_step}[args.ebm_objective]
-    in_progress = {**config, "seed": args.seed, "precision": args.precision}
-    first = restore(checkpoint, in_progress, state)
-    start_log(log, "iteration", first)
-    images, began = images.to(args.device), time.time()
-    for start in range(first, args.ebm_iters, BLOCK):
-        torch.manual_seed(seed_of(args.seed, start))
-        end, rows = min(start + BLOCK, args.ebm_iters), []
+
+    def describe(row):
+        finite = all(p.isfinite().all() for p in state["d"].parameters())
+        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
+            raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
+                            f"f(real) {row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
+                            f"{row['penalty']:.3g}; the last good state is in {training.path}; try "
+                            "another --seed or --precision, in another --ebm")
+        return (f"f(real) {row['f_real']:.2f}  f(sample) {row['f_sample']:.2f}  AUC "
+                f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
+                f"{row['sample_std']:.2f}")
+
+    images = images.to(args.device)
+    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND,
+                                      lambda start: (args.seed, start), describe, state):
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             with autocast(args):
-                rows.append(step(x, args.ebm_rotation, **state))
-        row = mean_of(rows)
-        finite = all(p.isfinite().all() for p in state["d"].parameters())
-        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {path}: f exploded before iteration {end}, f(real) "
-                            f"{row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, penalty "
-                            f"{row['penalty']:.3g}; {checkpoint} is of iteration {start}; try "
-                            "another --seed or --precision, in another --ebm")
-        append(log, {"iteration": end, **row})
-        save(checkpoint, in_progress, end, state)
-        left = (time.time() - began) / (end - first) * (args.ebm_iters - end)
-        last = end % (5 * BLOCK) == 0 or end == args.ebm_iters
-        show(f"EBM {end}/{args.ebm_iters}  f(real) {row['f_real']:.2f}  f(sample) "
-             f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
-             f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
+                training.log(**step(x, args.ebm_rotation, **state))
 
     d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
-    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
-    with autocast(args):
-        d.standardise(images)
-    show_ebm(images, args, **kept, replay=state.get("replay"))
-    as_made = {"data_dir": args.data_dir, "precision": args.precision}
-    save(path, {**config, **as_made}, args.ebm_iters, kept)
-    checkpoint.unlink(missing_ok=True)
+    standardise(d, images, args)
+    save_samples(training.path / "samples.png", images[:32] / 255, **kept,
+                 replay=state.get("replay"))
+    save(path, {**config, **as_made, "data_dir": args.data_dir}, args.ebm_iters, kept)
+    training.close()
     return d.requires_grad_(False)
 
 
-def show_ebm(images, args, d, g=None, replay=None):
-    """What an EBM is worth: images and samples before and after 15 steps, in a picture, and the
-    linear probe of f's features beside those of f as it began."""
-    x = images[:32] / 255
+def standardise(d, images, args):
+    """Standardise d's features over images (N, 3, H, W), uint8, always augmented alike."""
+    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
+    with autocast(args):
+        d.standardise(images)
+
+
+def save_samples(path, x, d, g=None, replay=None):
+    """A picture of images x (B, 3, 32, 32), and of samples before and after 15 Langevin steps."""
     with torch.no_grad():
         x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
                else replay.images[:len(x)].float())
     x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
-    save_image(torch.cat([x, x_0, x_s]), Path(args.ebm).with_suffix(".png"), nrow=16)
-    if not has_test(args):
-        return
-    torch.manual_seed(seed_of(args.seed))
-    untrained = Discriminator(args.width).to(args.device)
-    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
-    with autocast(args):
-        untrained.standardise(images)
-    for name, network in [(f"after {args.ebm_iters} iterations", d), ("untrained", untrained)]:
-        for layers in ["last", "all"]:
-            result = evaluate(network, args, lambda x: network.features(x, layers), ["linear"])
-            show(f"linear probe of the discriminator's features, {layers} of its stages, {name}: "
-                 f"{result['linear']:.2f} %")
+    save_image(torch.cat([x, x_0, x_s]), path, nrow=16)
 
 
 def ebm_config(images, args):
     """What an EBM was trained on, and how; a checksum stands for the images."""
     flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
-    config = {flag: getattr(args, flag) for flag in flags}
-    return {**config, "images": zlib.crc32(images.cpu().numpy())}
+    return {**{flag: getattr(args, flag) for flag in flags}, "images": checksum(images)}
 
 
 def get_ebm(images, args):
     """The frozen f of the EBM in the file args.ebm; rank 0 trains it first if there is none."""
     if rank() == 0 and not Path(args.ebm).exists():
-        with alone_at(Path(args.ebm)) as path:
-            if not path.exists():
-                train_ebm(images, args)
+        train_ebm(images, args)
     barrier()
     same_config(args.ebm, load(args.ebm)["config"], ebm_config(images, args))
     return load_ebm(args.ebm, args.device)
@@ -804,28 +891,32 @@ def get_ebm(images, args):
 
 def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
-    saved = load(path)
-    if "d" not in saved:
-        raise UserError(f"{path}: not an EBM; name another")
+    saved = load(path, d=dict)
+    if not isinstance(saved["config"].get("width"), int):
+        raise UserError(f"{path}: its width is not known; {NAME_ANOTHER}")
     d = Discriminator(saved["config"]["width"])
-    fill(d, saved["d"], path)
+    load_into(d, saved["d"], path)
     return d.to(device).requires_grad_(False)
 
 
-# --- Files: whole or not at all, one writer at a time; and lines on the terminal ------------
+# --- Files: whole or not at all, ours or refused; and lines on the terminal -------------------
+# The one place that writes, reads and locks; what a file holds is its caller's affair.
+
+NAME_ANOTHER = "name another, or remove it if it is one of ours, damaged"
 
 
 def save(path, config, done, state):
+    """Write the states of `state`, {name: what has a state_dict}, their config and progress."""
     content = {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}}
-    write(path, partial(torch.save, content))
+    write_whole(path, partial(torch.save, content))
 
 
-def write(path, save):
-    """Let `save` fill a file beside `path`, then rename it: what lies at `path` is always whole."""
+def write_whole(path, fill):
+    """Let `fill` write a file beside `path`, then rename it: what is at `path` is always whole."""
     beside = path.with_name(f"{path.name}.new")
     try:
-        save(beside)
-        with open(beside, "rb") as file:
+        fill(beside)
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:              # torch's is a RuntimeError
@@ -833,73 +924,209 @@ def write(path, save):
         raise UserError(f"{path}: cannot be written ({error}); what was there still is") from None
 
 
-@contextmanager
-def alone_at(path):
-    """Make the folder of `path` and hold a lock beside it; other processes wait for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_suffix(".lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            show(f"{path}: waiting for the process that makes it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield path
-        lock.unlink(missing_ok=True)
+def write_json(path, row):
+    write_whole(path, lambda file: file.write_text(json.dumps(row, indent=1) + "\n"))
 
 
-REMEDY = "name another, or remove it if it is one of ours, damaged"
+def append(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def load(path):
-    """The checkpoint or EBM in the file `path`; UserError where it is neither."""
+def load(path, **kinds):
+    """The checkpoint or EBM in the file `path`, its entries of these kinds; or UserError."""
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such file")
+    return read(path, lambda: torch.load(path, map_location="cpu", weights_only=True),
+                config=dict, **kinds)
+
+
+def load_json(path, **kinds):
+    """The object in the JSON file `path`, its entries of these kinds; or UserError."""
+    return read(path, lambda: json.loads(path.read_text()), **kinds)
+
+
+def read(path, parse, **kinds):
+    """What `parse` makes of the file, a dict; UserError where it or an entry is something else."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        row = parse()
+        if not isinstance(row, dict):
+            raise ValueError(f"it is a {type(row).__name__}")
+        wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+        reason = f"it has no {wrong[0]}" if wrong else ""
     except Exception as error:                            # truncated, foreign, or with code in it
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: not a whole file of ours ({reason}); {REMEDY}") from None
-    if not (isinstance(saved, dict) and "config" in saved):
-        raise UserError(f"{path}: not a whole file of ours (it has no config); {REMEDY}")
-    return saved
+        reason = str(error).split("\n")[0] or type(error).__name__
+    if reason:
+        raise UserError(f"{path}: not a whole file of ours ({reason}); {NAME_ANOTHER}")
+    return row
 
 
-def restore(path, config, state):
-    """Load a checkpoint into `state` where there is one; returns how much was done, or 0."""
-    if not path.exists():
-        return 0
-    saved = load(path)
-    same_config(path, saved["config"], config)
-    for name, part in state.items():
-        fill(part, saved[name], path)
-    return saved["done"]
-
-
-def fill(part, state, path):
+def load_into(part, state, path):
     """part.load_state_dict(state); UserError where the file `path` holds another part's state."""
     try:
         part.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError):
+    except Exception:                                     # an optimizer raises of many kinds
         raise UserError(f"{path}: made by other code, its {type(part).__name__} is not this one; "
                         "name another run directory or EBM") from None
 
 
 def same_config(path, saved, wanted):
+    """UserError where what is at `path` was made with other flags, images or EBM than wanted."""
     for flag, value in wanted.items():
-        if flag == "images" and saved.get(flag) != value:
-            raise UserError(f"{path}: trained on other images; name another --ebm")
-        if saved.get(flag) != value:
-            raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
-                            f"{value}; use the same flags, or another --run-dir or --ebm")
+        if flag in NOT_IDENTITY or saved.get(flag) == value:
+            continue
+        if flag in CHECKSUMS:
+            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir or --ebm")
+        raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
+                        f"{value}; use the same flags, or another --run-dir or --ebm")
+
+
+CHECKSUMS = {"images": "other images", "f": "another EBM"}
+
+
+def checksum(*tensors):
+    """CRC-32 of the tensors' bytes, which stands for their content in a config."""
+    return reduce(lambda crc, x: zlib.crc32(x.detach().cpu().contiguous().numpy(), crc), tensors, 0)
+
+
+def lock(path, busy=""):
+    """The file `path`, open, and locked until it is closed. Where another process has locked it,
+    raises UserError(busy), or waits if that is empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    if fcntl is None:
+        warn_of_no_locks()
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if busy:
+            raise UserError(busy) from None
+        show(f"{path.parent}: waiting for the process that makes it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+@lru_cache
+def warn_of_no_locks():
+    show("this system has no file locks: start no two processes at one run or EBM")
+
+
+def show(line, passing=False):
+    """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
+    if rank() == 0 and sys.stdout.isatty():
+        print("\r\033[K" + line, end="" if passing else "\n", flush=True)
+    elif rank() == 0 and not passing:
+        print(line, flush=True)
+
+
+# --- Runs: a directory with config.json, log.jsonl and checkpoint.pt --------------------------
+# `Training` is whatever goes on in rounds and resumes, an EBM's too; `Run` is a script's.
+
+CHECKPOINT_SECONDS = 60                                   # at least, between two checkpoints
+
+
+class Training:
+    """Rounds of training, logged and kept in a directory; one process at a time.
+
+    A round is an epoch, or some iterations of an EBM. After each the state is kept in memory; it is
+    written when a minute has passed since the last time, at the end, and when the process exits. So
+    SIGKILL costs a minute, and the resumed run still ends with the same weights.
+    """
+
+    def __init__(self, path, config):
+        self.path, self.config, self.lock, self.unwritten = Path(path), config, None, None
+        self.check()
+
+    def check(self):
+        """UserError where the directory is that of another config."""
+        if (self.path / "config.json").exists():
+            same_config(self.path, load_json(self.path / "config.json"), self.config)
+
+    def open(self, wait=False):
+        """Make the directory and, until `close` or the process ends, keep others out of it."""
+        if rank() > 0 or self.lock is not None:
+            return
+        self.lock = lock(self.path / ".lock", "" if wait else f"{self.path}: another process is at "
+                         "this run; wait for it, or name another --run-dir")
+        self.check()
+        write_json(self.path / "config.json", self.config)
+        atexit.register(self.write_checkpoint)
+
+    def close(self):
+        """Let others in; the checkpoint goes, as its end is in a file elsewhere."""
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        self.lock.close()
+
+    def rounds(self, counter, total, size, seeds, describe, state):
+        """Yield the rounds that are left, as (start, end) in epochs or iterations.
+
+        counter: "epoch" or "iteration"; total: how many; size: of a round; seeds(start): what the
+        round's random numbers depend on; describe(row): the text for the row of means, which it may
+        add to, or refuse with UserError; state: {name: what has a state_dict}.
+        """
+        first = self.restore(state)
+        self.open()
+        if rank() == 0:
+            start_log(self.path / "log.jsonl", counter, first)
+        began = self.written = time.time()
+        for start in range(first, total, size):
+            torch.manual_seed(seed_of(*seeds(start)))
+            end, self.rows = min(start + size, total), []
+            yield start, end
+            row = {counter: end, **mean_of(self.rows, world_size())}
+            try:
+                text = describe(row)
+            except UserError:
+                self.write_checkpoint()
+                raise
+            if rank() == 0:
+                append(self.path / "log.jsonl", row)
+                self.unwritten = deepcopy({"config": self.config, "done": end, **{
+                    name: trained_state(part) for name, part in state.items()}})
+                if end == total or time.time() > self.written + CHECKPOINT_SECONDS:
+                    self.write_checkpoint()
+            left = (time.time() - began) / (end - first) * (total - end)
+            show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
+
+    def log(self, **terms):
+        """Note a step's scalars; the round's line in the log has their means."""
+        self.rows.append({name: value.detach() for name, value in terms.items()})
+
+    def write_checkpoint(self):
+        if self.unwritten is not None:
+            write_whole(self.path / "checkpoint.pt", partial(torch.save, self.unwritten))
+            self.unwritten, self.written = None, time.time()
+
+    def restore(self, state):
+        """Load the checkpoint, if there is one, into `state`; returns how much was done, or 0."""
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return 0
+        saved = load(path, done=int, **dict.fromkeys(state, dict))
+        same_config(path, saved["config"], self.config)
+        for name, part in state.items():
+            frozen = part.state_dict().keys() - trained_state(part).keys()
+            load_into(part, {**saved[name], **{k: part.state_dict()[k] for k in frozen}}, path)
+        return saved["done"]
+
+
+def trained_state(part):
+    """part.state_dict() without a discriminator within it, which is frozen, and in a file."""
+    inside = tuple(f"{name}." for name, module in getattr(part, "named_modules", list)()
+                   if name and isinstance(module, Discriminator))
+    return {key: v for key, v in part.state_dict().items() if not key.startswith(inside)}
 
 
 def start_log(path, counter, done):
     """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
     if path.exists():
-        lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
-        kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done)
-        return write(path, lambda file: file.write_text(kept))
+        try:
+            lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
+            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: a line is not ours ({error}); mend or remove it") from None
+        return write_whole(path, lambda file: file.write_text(kept))
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip() or None
@@ -909,46 +1136,21 @@ def start_log(path, counter, done):
                   "torchvision": torchvision.__version__, "commit": commit})
 
 
-def save_json(path, row):
-    write(path, lambda file: file.write_text(json.dumps(row, indent=1) + "\n"))
+class Run(Training):
+    """A script's training on images (N, 3, H, W), uint8, and its results in eval.json.
 
+    It is known by its flags and by checksums of the images and of the EBM, not by a path.
+    `evaluate` is that of linear_eval.py.
+    """
 
-def load_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole file of ours ({error}); {REMEDY}") from None
-
-
-def append(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def show(line, last=True):
-    """Print a line on rank 0; one that is not the last of its kind is replaced by the next."""
-    if rank() == 0:
-        if sys.stdout.isatty():
-            print("\r\033[K" + line, end="\n" if last else "", flush=True)
-        elif last:
-            print(line, flush=True)
-
-
-# --- Runs: a directory with config.json, log.jsonl, checkpoint.pt and eval.json --------------
-
-
-class Run:
-    """One training run in its directory: resumes, seeds, logs, checkpoints, evaluates."""
-
-    def __init__(self, args):
-        self.args, self.path, self.step, self.lock = args, Path(args.run_dir), 0, None
-        set_up(args)
-        self.config = {flag: v for flag, v in vars(args).items() if flag not in NEUTRAL}
-        if (self.path / "config.json").exists():
-            same_config(self.path, load_json(self.path / "config.json"), self.config)
+    def __init__(self, args, images, evaluate):
+        super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
+        self.args, self.evaluate, self.step = args, evaluate, 0
         if (self.path / "eval.json").exists():
+            accuracies = dict(linear=float, knn5=float, knn_cosine=float)
+            result = load_json(self.path / "eval.json", **accuracies, untrained=dict)
             show(f"{self.path} is finished")
-            show_accuracies(load_json(self.path / "eval.json"))
+            show_accuracies(result)
             sys.exit()
         if args.batch_size % world_size() or args.batch_size < 2 * world_size():
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
@@ -963,47 +1165,31 @@ class Run:
                             "training images; use a smaller one")
         return self.args.epochs * (len(images) // self.args.batch_size)
 
-    def open(self):
-        """Make the directory and, until this process ends, keep others out of it."""
-        if rank() > 0 or self.lock is not None:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is at this run; wait for it, or name "
-                            "another --run-dir") from None
-        save_json(self.path / "config.json", self.config)
+    def get_ebm(self, images):
+        """The frozen f of the run's EBM, trained first if there is none; None without one."""
+        if not needs_ebm(self.args):
+            return None
+        f = get_ebm(images, self.args)
+        self.config["f"] = checksum(*f.state_dict().values())
+        self.check()
+        return f
 
     def epochs(self, **state):
-        """Yield the epochs that are left, seeding before each; log and save a checkpoint after it.
+        """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule."""
+        args = self.args
 
-        state: what has a state_dict; a model with an `encoder`, an optimizer and a schedule.
-        """
-        args, log, checkpoint = self.args, self.path / "log.jsonl", self.path / "checkpoint.pt"
-        first = restore(checkpoint, self.config, state)
-        self.open()
-        if rank() == 0:
-            start_log(log, "epoch", first)
-        started = time.time()
-        for self.epoch in range(first + 1, args.epochs + 1):
-            torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
-            self.rows, self.began = [], time.time()
-            lr = state["optimizer"].param_groups[0]["lr"]
-            yield self.epoch
-            row = {"epoch": self.epoch, **mean_of(self.rows, world_size()), "lr": lr,
-                   "images_per_s": self.speed()}
+        def describe(row):
+            row |= {"lr": self.lr, "images_per_s": self.speed()}
             self.stop_if_not_finite(row, state["model"])
-            if rank() == 0:
-                if args.eval_every and self.epoch % args.eval_every == 0:
-                    row |= evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
-                append(log, row)
-                save(checkpoint, self.config, self.epoch, state)
-            left = (time.time() - started) / (self.epoch - first) * (args.epochs - self.epoch)
-            show(f"epoch {self.epoch}/{args.epochs}  loss {row['loss']:.4f}  z_std "
-                 f"{row['z_std']:.2f}  {row['images_per_s']:.0f} images/s  "
-                 f"{timedelta(seconds=round(left))} left")
+            if rank() == 0 and args.eval_every and row["epoch"] % args.eval_every == 0:
+                row |= self.evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
+            return (f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
+                    f"{row['images_per_s']:.0f} images/s")
+
+        for start, self.epoch in self.rounds("epoch", args.epochs, 1, lambda start: (
+                args.seed, start + 1, rank()), describe, state):
+            self.began, self.lr = time.time(), state["optimizer"].param_groups[0]["lr"]
+            yield self.epoch
 
     def batches(self, images):
         """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
@@ -1017,11 +1203,10 @@ class Run:
             if sys.stdout.isatty() and time.time() > shown + 1:
                 shown = time.time()
                 show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
-                     f"{self.speed():.0f} images/s", last=False)
+                     f"{self.speed():.0f} images/s", passing=True)
 
-    def log(self, **terms):
-        """Note a step's loss and terms, scalars; the epoch's line has their means."""
-        self.rows.append({name: value.detach() for name, value in terms.items()})
+    def speed(self):
+        return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
 
     def stop_if_not_finite(self, row, model):
         """Raise UserError where the epoch's means or the weights after it are not finite."""
@@ -1036,34 +1221,33 @@ class Run:
                         "try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
-        """The Langevin chain of images x (B, 3, H, W), uint8: its picture and its line in the log.
+        """Keep the Langevin chain of images x (B, 3, H, W), uint8, as a picture and in numbers.
 
-        langevin.png has rows x, I_0, I_5, I_10, ...; the line has their PSNR to x (dB) and their f.
+        langevin.png has rows x, I_0, I_5, I_10, ...; chain.json their PSNR to x (dB) and their f.
         """
-        args, log = self.args, self.path / "log.jsonl"
+        flags = chain_flags(self.args)
+        alpha, steps = flags.pop("alpha"), flags.pop("steps")
         self.open()
-        if rank() > 0 or log.exists() and '"chain"' in log.read_text():
+        if rank() > 0 or (self.path / "chain.json").exists():
             return
-        torch.manual_seed(args.seed)
-        marks = sorted({0, *range(5, args.steps, 5), args.steps})
-        with autocast(args):
+        torch.manual_seed(self.args.seed)
+        marks = sorted({0, *range(5, steps, 5), steps})
+        with autocast(self.args):
             x, rows = x / 255, []
-            image = mix_with_noise(x, args.alpha)
+            image = mix_with_noise(x, alpha)
             for done, mark in zip([0, *marks], marks):
-                image = langevin(f, image, mark - done, **langevin_flags(args))
+                image = langevin(f, image, mark - done, **flags)
                 rows.append(image)
-            values = [f(image).float().mean().item() for image in [x, *rows]]
+            f_of_x, *values = [f(image).float().mean().item() for image in [x, *rows]]
         errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
-        chain = {"steps": marks, "psnr": [-10 * e.log10().mean().item() for e in errors],
-                 "f": values[1:], "f_of_x": values[0]}
-        write(self.path / "langevin.png",
-              partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
-        log.unlink(missing_ok=True)
-        start_log(log, "epoch", 0)
-        append(log, {"chain": chain})
-        show(f"Langevin: noise std {langevin_flags(args)['noise_std']:g} of the pixel range; f(x) "
-             f"{chain['f_of_x']:.2f}; from I_0 to I_{args.steps}, f {chain['f'][0]:.2f} to "
-             f"{chain['f'][-1]:.2f}, {chain['psnr'][0]:.1f} to {chain['psnr'][-1]:.1f} dB to x")
+        psnr = [-10 * error.log10().mean().item() for error in errors]
+        write_whole(self.path / "langevin.png",
+                    partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
+        write_json(self.path / "chain.json",
+                   {"steps": marks, "psnr": psnr, "f": values, "f_of_x": f_of_x})
+        show(f"Langevin: noise std {flags['noise_std']:g} of the pixel range; f(x) {f_of_x:.2f}; "
+             f"from I_0 to I_{steps}, f {values[0]:.2f} to {values[-1]:.2f}, {psnr[0]:.1f} to "
+             f"{psnr[-1]:.1f} dB to x")
 
     def generated(self, f, images):
         """A generated image for each of images (N, 3, H, W), uint8; made once, in generated.pt."""
@@ -1073,20 +1257,21 @@ class Run:
             made, parts = [], images.split(500)
             for i, x in enumerate(parts, 1):
                 with autocast(self.args):
-                    made.append((generate(f, x, self.args) * 255).round().byte().cpu())
-                show(f"generating images: {i}/{len(parts)}", last=i == len(parts))
-            write(path, partial(torch.save, torch.cat(made)))
+                    image = generate(f, x, **chain_flags(self.args))
+                made.append((image * 255).round().byte().cpu())
+                show(f"generating images: {i}/{len(parts)}", passing=i < len(parts))
+            write_whole(path, partial(torch.save, {"config": self.config,
+                                                   "images": torch.cat(made)}))
         barrier()
-        return torch.load(path, map_location=images.device, weights_only=True)
+        saved = load(path, images=torch.Tensor)
+        same_config(path, saved["config"], self.config)
+        return saved["images"].to(images.device)
 
-    def speed(self):
-        return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
-
-    def evaluate(self, encoder):
+    def finish(self, encoder):
         """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
-        if rank() == 0 and (result := beside_untrained(encoder, self.args)):
-            save_json(self.path / "eval.json", result)
+        if rank() == 0 and (result := self.evaluate(encoder, self.args, untrained=True)):
             show_accuracies(result)
+            write_json(self.path / "eval.json", result)
         barrier()
 
 
@@ -1109,115 +1294,30 @@ def mean_of(rows, ranks=1):
     return dict(zip(rows[0], (means / ranks).tolist()))
 
 
-# --- Evaluation: frozen features, once, in evaluation mode -----------------------------------
-
-
-@torch.no_grad()
-def extract_features(encoder, images, encode=None):
-    """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W), uint8 or in [0, 1].
-
-    The encoder is in evaluation mode meanwhile. `encode` is called in its place, if given.
-    """
-    was_training, device = encoder.training, next(encoder.parameters()).device
-    encoder.eval()
-    encode, features = encode or encoder, []
-    for batch in images.split(500):
-        batch = batch.to(device) / (255 if batch.dtype == torch.uint8 else 1)
-        features.append(encode(batch).float())
-    encoder.train(was_training)
-    return torch.cat(features)
-
-
-def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
-    """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
-
-    By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
-    votes weighted exp(s / temperature) (arXiv:1805.01978).
-    """
-    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, 0
-    if temperature:
-        train_x, test_x = F.normalize(train_x), F.normalize(test_x)
-    for x, y in zip(test_x.split(500), test_y.split(500)):
-        near = x @ train_x.T if temperature else -torch.cdist(x, train_x)
-        near, index = near.topk(k)                                                 # (500, k)
-        weight = (near / temperature).exp() if temperature else torch.ones_like(near)
-        votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
-        correct += (votes.argmax(1) == y).sum().item()
-    return 100 * correct / len(test_x)
-
-
-def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
-    """Accuracy (%) of a linear classifier, the base code's: Adam, batches of 1000, last epoch."""
-    classifier = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
-    nn.init.zeros_(classifier.weight)
-    nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
-    shuffled = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
-        for index in order.split(1000):
-            loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return 100 * (classifier(test_x).argmax(1) == test_y).float().mean().item()
-
-
-METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
-           "knn_cosine": partial(knn_accuracy, k=200, temperature=0.1)}
-
-
-def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
-    """Accuracies (%) {metric: value} of the encoder's frozen features.
-
-    Probe and kNN have the labels of all training images, whatever --subset. Tested on the test
-    images, or with split "val" on a tenth of the training images held out. None, with a printed
-    line, where there are no test images.
-    """
-    train = load_images(args.dataset, args.data_dir, "train")
-    if split == "val":
-        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
-        held_out, kept = order.tensor_split([len(order) // 10])
-        train, test = [x[kept] for x in train], [x[held_out] for x in train]
-    elif has_test(args):
-        test = load_images(args.dataset, args.data_dir, "test")
-    else:
-        show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
-        return None
-    data = []
-    for images, labels in (train, test):
-        labeled = labels >= 0
-        with autocast(args):
-            data.append(extract_features(encoder, images[labeled], encode))
-        data.append(labels[labeled].to(args.device))
-    return {metric: METRICS[metric](*data) for metric in metrics}
-
-
-def beside_untrained(encoder, args, split="test"):
-    """The encoder's accuracies and an untrained one's, as in eval.json; None without a test set."""
-    result = evaluate(encoder, args, split=split)
-    if result is None:
-        return None
-    torch.manual_seed(args.seed)
-    untrained = type(encoder)(args.width).to(args.device)
-    return {**result, "split": split, "untrained": evaluate(untrained, args, split=split)}
-
-
 # --- Devices: one or several, and what they compute in ---------------------------------------
+# All that knows of ranks, device kinds and number formats.
 
 
 def set_up(args):
     """Join the ranks that torchrun started, if it did, and check the device."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    remedy = "start with torchrun, or unset its variables"
+    if 0 < len(given) < len(names):
+        raise UserError(f"{', '.join(given)} without {', '.join({*names} - {*given})}: {remedy}")
     try:
-        if "RANK" in os.environ and not dist.is_initialized():
+        if given and not dist.is_initialized():
+            if not 0 <= int(given["RANK"]) < int(given["WORLD_SIZE"]):
+                raise ValueError(f"RANK {given['RANK']} of WORLD_SIZE {given['WORLD_SIZE']}")
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may train an EBM
             if backend == "nccl":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                args.device = f"cuda:{int(given['LOCAL_RANK'])}"
                 torch.cuda.set_device(args.device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other ranks, {str(error).splitlines()[0]}: {remedy}") \
+            from None
+    try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
@@ -1268,16 +1368,20 @@ def distribute(model):
 
 
 def in_bf16(args):
-    """Whether the networks compute in bf16: --precision, auto being where that is fast.
+    """Whether the networks compute in bf16: --precision, auto being where the device is fast in it.
 
-    An Intel CPU is so by its AMX: its AVX512 alone takes longer in bf16 than in fp32.
+    A CPU is so with AMX, or with AVX512's bf16 on AMD's; on Intel's that is slower than fp32.
     """
+    kind = torch.device(args.device).type
     if args.precision != "auto":
         return args.precision == "bf16"
-    if args.device.startswith("cuda"):
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
-    return cpu.get("amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16", False)
+    if kind != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    info = Path("/proc/cpuinfo")
+    amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
 def autocast(args):
@@ -1287,10 +1391,10 @@ def autocast(args):
 def main():
     parser = make_parser("Train the EBM alone; the scripts then load it.", training=False)
     args = parse_flags(parser)
-    set_up(args)
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    get_ebm(training_images(args), args)
+    train_ebm(training_images(args), args)
+    show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")
 
 
 if __name__ == "__main__":

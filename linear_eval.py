@@ -6,46 +6,164 @@
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
-seed, or the file of their EBM, alone share a row: mean, standard deviation and number of runs.
+seed, or their EBM, alone share a row: mean, standard deviation and number of runs.
 """
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from common import (METRICS, NEUTRAL, Encoder, Parser, UserError, beside_untrained, evaluate, fill,
-                    launch, load, load_ebm, load_json, save_json, set_up, show)
+from common import (NOT_IDENTITY, Discriminator, Encoder, Parser, UserError, autocast, has_test,
+                    launch, load, load_ebm, load_images, load_into, load_json, seed_of, set_up,
+                    show, standardise, training_images, write_json)
+
+# --- Frozen features and what can be read from them ------------------------------------------
+
+
+@torch.no_grad()
+def extract_features(encoder, images, encode=None):
+    """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W), uint8 or in [0, 1].
+
+    The encoder is in evaluation mode meanwhile. `encode` is called in its place, if given.
+    """
+    was_training, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    encode, features = encode or encoder, []
+    for batch in images.split(500):
+        batch = batch.to(device) / (255 if batch.dtype == torch.uint8 else 1)
+        features.append(encode(batch).float())
+    encoder.train(was_training)
+    return torch.cat(features)
+
+
+def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
+    """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
+
+    By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
+    votes weighted exp(s / temperature) (arXiv:1805.01978).
+    """
+    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, 0
+    if temperature:
+        train_x, test_x = F.normalize(train_x), F.normalize(test_x)
+    for x, y in zip(test_x.split(500), test_y.split(500)):
+        near = x @ train_x.T if temperature else -torch.cdist(x, train_x)
+        near, index = near.topk(k)                                                 # (500, k)
+        weight = (near / temperature).exp() if temperature else torch.ones_like(near)
+        votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
+        correct += (votes.argmax(1) == y).sum().item()
+    return 100 * correct / len(test_x)
+
+
+def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
+    """Accuracy (%) of a linear classifier, the base code's: Adam, batches of 1000, last epoch."""
+    classifier = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
+    shuffled = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
+        for index in order.split(1000):
+            loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return 100 * (classifier(test_x).argmax(1) == test_y).float().mean().item()
+
+
+METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
+           "knn_cosine": partial(knn_accuracy, k=200, temperature=0.1)}
+
+
+def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
+    """Accuracies (%) {metric: value} of the encoder's frozen features.
+
+    Probe and kNN have the labels of all training images, whatever --subset. Tested on the test
+    images, or with split "val" on a tenth of the training images held out; `untrained`: as in
+    eval.json, with the split and the accuracies of an untrained encoder. None, with a printed line,
+    where there are no test images.
+    """
+    train = load_images(args.dataset, args.data_dir, "train")
+    if split == "val":
+        if len(train[0]) < 10:
+            raise UserError(f"--split val: {len(train[0])} training images are too few, it holds "
+                            "out a tenth of them; use --split test")
+        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
+        held_out, kept = order.tensor_split([len(order) // 10])
+        train, test = [x[kept] for x in train], [x[held_out] for x in train]
+    elif has_test(args):
+        test = load_images(args.dataset, args.data_dir, "test")
+    else:
+        show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+        return None
+    data = []
+    for images, labels in (train, test):
+        labeled = labels >= 0
+        with autocast(args):
+            data.append(extract_features(encoder, images[labeled], encode))
+        data.append(labels[labeled].to(args.device))
+    result = {metric: METRICS[metric](*data) for metric in metrics}
+    if untrained:
+        torch.manual_seed(args.seed)
+        fresh = type(encoder)(args.width).to(args.device)
+        result |= {"split": split, "untrained": evaluate(fresh, args, split=split)}
+    return result
+
+
+# --- One table over runs and EBMs ------------------------------------------------------------
 
 
 def evaluate_run(path, flags):
     """A run's config and accuracies: from its eval.json where that has them, else computed."""
-    config = load_json(path / "config.json")
-    args = argparse.Namespace(**{**config, "device": flags.device})
-    args.data_dir = flags.data_dir or args.data_dir
+    config = load_json(path / "config.json", script=str, dataset=str, data_dir=str, width=int,
+                       seed=int, precision=str, epochs=int)
+    args = settings(config, flags)
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
-        return config, load_json(done)
-    saved = load(path / "checkpoint.pt")
-    show(f"evaluating {path}, epoch {saved['done']}", last=False)
+        return config, load_json(done, untrained=dict, **dict.fromkeys(METRICS, float))
+    saved = load(path / "checkpoint.pt", done=int, model=dict)
+    show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     encoder = Encoder(args.width)
-    fill(encoder, {name.removeprefix("encoder."): value for name, value in saved["model"].items()
-                   if name.startswith("encoder.")}, path)
-    result = beside_untrained(encoder.to(args.device), args, flags.split)
+    load_into(encoder, {name.removeprefix("encoder."): value for name, value
+                        in saved["model"].items() if name.startswith("encoder.")}, path)
+    result = evaluate(encoder.to(args.device), args, split=flags.split, untrained=True)
     if result and saved["done"] == args.epochs and flags.split == "test":
-        save_json(done, result)
+        try:
+            write_json(done, result)
+        except UserError as error:                        # it may be somebody else's
+            show(str(error))
     return {**config, "epochs": saved["done"]}, result
 
 
 def evaluate_ebm(path, flags):
-    """Config and accuracies of an EBM's discriminator, for its last stage and for all of them."""
-    network, config = load_ebm(path, flags.device), load(path)["config"]
-    args = argparse.Namespace(**{**config, "device": flags.device})
-    args.data_dir = flags.data_dir or args.data_dir
-    for layers in ["last", "all"]:
-        show(f"evaluating {path}, {layers}", last=False)
-        result = evaluate(network, args, lambda x: network.features(x, layers), split=flags.split)
-        yield {"script": str(path), "layers": layers}, result
+    """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
+    d, config = load_ebm(path, flags.device), load(path)["config"]
+    args = settings(config, flags)
+    networks = {"": d}
+    if flags.untrained:
+        images = training_images(args)
+        torch.manual_seed(seed_of(args.seed))
+        networks[", untrained"] = Discriminator(args.width).to(args.device)
+        standardise(networks[", untrained"], images, args)
+    for name, network in networks.items():
+        for layers in ["last", "all"]:
+            show(f"evaluating {path}{name}, {layers}", passing=True)
+            encode = partial(network.features, layers=layers)
+            yield ({"script": f"{path}{name}", "layers": layers},
+                   evaluate(network, args, encode, split=flags.split))
+
+
+def settings(config, flags):
+    """The flags of a run or an EBM, but for where it is evaluated."""
+    return argparse.Namespace(**{**config, "device": flags.device,
+                                 "data_dir": flags.data_dir or config["data_dir"]})
 
 
 def table(rows, untrained, split):
@@ -57,7 +175,7 @@ def table(rows, untrained, split):
     settings = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
-                     if flag not in shared.keys() | NEUTRAL | {"script", "seed", "ebm"}]
+                     if flag not in shared.keys() | NOT_IDENTITY | {"script", "seed", "ebm"}]
         settings.setdefault(" ".join([config["script"], *differing]), []).append(result)
 
     def line(label, results):
@@ -96,13 +214,15 @@ def main():
     for path in dict.fromkeys(args.paths):
         if path.suffix == ".pt":
             rows += evaluate_ebm(path, args)
-        elif (path / "checkpoint.pt").exists():
+        elif not (path / "config.json").exists():
+            raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
+        elif "script" not in load_json(path / "config.json"):
+            show(f"{path}: left out, an EBM's directory; its features are in {path}.pt")
+        elif not any((path / name).exists() for name in ("eval.json", "checkpoint.pt")):
+            show(f"{path}: left out, it has no checkpoint yet")
+        else:
             rows.append(evaluate_run(path, args))
-        elif (path / "config.json").exists():
-            show(f"{path}: left out, its first epoch is not done")
-        elif path.suffix not in {".jsonl", ".png", ".partial", ".lock", ".new"}:  # beside an EBM
-            raise UserError(f"{path}: not a run (it has no checkpoint.pt) and not an EBM (.pt)")
-    show("", last=False)
+    show("", passing=True)
     print(table([row for row in rows if row[1]], args.untrained, args.split))
 
 

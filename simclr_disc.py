@@ -16,8 +16,9 @@ discriminator (--layers all: of the last of each stage), standardised; g_D their
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, distribute, get_ebm, launch, lr_factor,
-                    make_parser, mlp, nt_xent, number, parse_flags, training_images, z_std)
+from common import (Encoder, Run, augment, autocast, distribute, launch, lr_factor, make_parser,
+                    mlp, nt_xent, number, parse_flags, training_images, z_std)
+from linear_eval import evaluate
 
 
 class SimCLR(nn.Module):
@@ -65,10 +66,10 @@ def parse():
 
 def main():
     args = parse()
-    run = Run(args)
-    images = training_images(args).to(args.device)
+    images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
+    run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    discriminator = get_ebm(images, args) if args.coeff > 0 else None
+    discriminator = run.get_ebm(images)
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)
     ddp = distribute(model)
@@ -85,7 +86,7 @@ def main():
             optimizer.step()
             schedule.step()
             run.log(loss=loss, **terms)
-    run.evaluate(model.encoder)
+    run.finish(model.encoder)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ E encoder, g projector; f the EBM's discriminator.
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, UserError, augment, autocast, batch_statistics, distribute,
-                    generate, get_ebm, launch, lr_factor, make_parser, mlp, nt_xent, number,
-                    parse_flags, training_images, z_std)
+from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
+                    chain_flags, distribute, generate, launch, lr_factor, make_parser, mlp, nt_xent,
+                    number, parse_flags, training_images, z_std)
+from linear_eval import evaluate
 
 
 class SimCLR(nn.Module):
     def __init__(self, args, f):
         super().__init__()
-        self.args, self.f, self.temperature = args, f, args.temperature
+        self.f, self.chain, self.temperature = f, chain_flags(args), args.temperature
         self.coeff = args.coeff if args.use == "auxiliary" else 0
         self.encoder = Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
@@ -41,7 +42,7 @@ class SimCLR(nn.Module):
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        image = x if self.f is None else generate(self.f, x, self.args)   # (B, 3, H, W)
+        image = x if self.f is None else generate(self.f, x, **self.chain)
         v3 = augment(image)                                               # eq. (1)
         with batch_statistics(self):
             z3 = self.projector(self.encoder(v3))
@@ -57,38 +58,18 @@ def parse():
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
                         help="weight of the third view; 0 is plain SimCLR, without an EBM; "
                              "not used by --use dataset")
-    parser.add_argument("--steps", type=number(int, 0), default=15,
-                        help="Langevin steps; more go further from the image; 0: I_0 alone")
-    parser.add_argument("--step-size", type=number(float, 0), default=10,
-                        help="factor on the gradient of f; larger climbs faster; 0: noise alone")
-    parser.add_argument("--noise-std", type=number(float, 0), default=1.0,
-                        help="std of the noise of a step, in units of --noise-unit")
-    parser.add_argument("--noise-unit", type=number(float, 0), default=0.005,
-                        help="what --noise-std 1 is, as a share of the pixel range")
-    parser.add_argument("--grad-clip", type=number(float, 0), default=0.01,
-                        help="bound on each pixel's gradient; larger lets f move further")
-    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.6,
-                        help="share of the image in I_0, the rest is noise; 1: the image itself")
-    parser.add_argument("--use", choices=["auxiliary", "dataset"], default="auxiliary",
-                        help="auxiliary: new images each step, as a third view; dataset: one for "
-                             "each training image, made once and added to them, without a view")
-    parser.add_argument("--view", choices=["langevin", "augment"], default="langevin",
-                        help="augment: one more ordinary view instead, a control without an EBM")
+    add_langevin_flags(parser)
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
                         help="of the softmax; smaller weighs the hardest negatives more")
-    args = parse_flags(parser)
-    if args.use == "dataset" and args.view == "augment":
-        raise UserError("--view augment: there is no third view with --use dataset")
-    return args
+    return parse_flags(parser)
 
 
 def main():
     args = parse()
-    run = Run(args)
-    images = training_images(args).to(args.device)
+    images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
+    run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    generating = args.use == "dataset" or (args.coeff > 0 and args.view == "langevin")
-    f = get_ebm(images, args) if generating else None
+    f = run.get_ebm(images)
     if f is not None:
         run.save_chain(f, images[:16])
     if args.use == "dataset":
@@ -110,7 +91,7 @@ def main():
             optimizer.step()
             schedule.step()
             run.log(loss=loss, **terms)
-    run.evaluate(model.encoder)
+    run.finish(model.encoder)
 
 
 if __name__ == "__main__":

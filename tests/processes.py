@@ -10,10 +10,11 @@ from functools import partial
 import torch
 
 import common
+import linear_eval
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
-TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "4", "--batch-size", "32",
+TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "8", "--batch-size", "32",
         "--epochs", "2", "--ebm-iters", "2", "--precision", "fp32", "--ebm", "ebm.pt"]
 
 
@@ -32,8 +33,8 @@ def work(script, flags, directory, moment, environment):
         return call
 
     common.append, common.os.replace = mortal(common.append), mortal(os.replace)
-    common.BLOCK = 1
-    common.METRICS["linear"] = partial(common.linear_accuracy, epochs=2)
+    common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
+    linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
     sys.argv = [script, *TINY, *flags]
     sys.stdout = open("out", "a")

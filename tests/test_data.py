@@ -1,4 +1,5 @@
 """Image folders, drawn shapes, subsets."""
+import struct
 from urllib.error import URLError
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import (UserError, draw_shapes, load_images, make_parser, parse_flags,
+from common import (UserError, draw_shapes, load_images, make_parser, parse_flags, read_image,
                     training_images)
 
 
@@ -58,6 +59,69 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert "1 left out that are no images, " in capsys.readouterr().out
 
 
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize("put, tolerance", [
+    (lambda p: p.write_bytes(b"P5\n64 64\n65535\n" + RAMP.astype(">u2").tobytes()), 1),
+    (lambda p: p.write_bytes(b"P5\n64 64\n1023\n" + (RAMP / 64.1).astype(">u2").tobytes()), 1),
+    (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "PNG"), 1),
+    (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "TIFF"), 1),
+    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(p, "PNG"), 1),       # a control
+], ids=["16-bit PGM", "10-bit PGM", "16-bit PNG", "16-bit TIFF", "8-bit PNG"])
+def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolerance):
+    """A ramp from black to white stays one, of any number of bits."""
+    path = tmp_path / "ramp.png"                                        # its content decides
+    put(path)
+    expected = np.asarray(Image.fromarray((RAMP / 257).astype(np.uint8)).resize(
+        (32, 32), Image.Resampling.BICUBIC)).astype(int)
+    for channel in read_image(path).numpy().astype(int).transpose(2, 0, 1):
+        assert np.abs(channel - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_gray_values_without_a_range_are_refused(tmp_path, dtype):
+    path = tmp_path / "ramp.tiff"
+    Image.fromarray((RAMP / 65535).astype(dtype)).save(path)
+    with pytest.raises(UserError, match="ramp.tiff: .* has no range of its own; save it with 8"):
+        read_image(path)
+
+
+def test_twelve_bits_in_a_tiff(tmp_path):
+    """Two pixels a row of three bytes: 0 and 4095 are black and white."""
+    tags = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8),
+            (277, 3, 1), (278, 4, 1), (279, 4, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    path = tmp_path / "twelve.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\0"
+                     + struct.pack("<H", len(tags)) + entries + bytes(4))
+    image = read_image(path)
+    assert image[:, :4].max() == 0 and image[:, -4:].min() == 255
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
+def test_only_the_orientation_of_the_metadata_matters(tmp_path, kind):
+    """All eight orientations, beside a tag of the wrong type, and metadata that is none."""
+    upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).resize((64, 48))
+    for orientation, turned in {1: upright, 2: upright.transpose(0), 3: upright.transpose(3),
+                                4: upright.transpose(1), 5: upright.transpose(5),
+                                6: upright.transpose(2), 7: upright.transpose(6),
+                                8: upright.transpose(4)}.items():
+        path = tmp_path / f"{orientation}.{kind}"
+        exif = (b"Exif\0\0" if kind == "jpeg" else b"") + b"II*\0" + struct.pack(
+            "<IHHHIIHHI4sI", 8, 2, 0x0112, 3, 1, orientation, 0x011A, 2, 4, b"bad\0", 0)
+        if kind == "tiff":
+            turned.save(path, tiffinfo={0x0112: orientation, 0x010E: "bad"})
+        else:
+            turned.save(path, exif=exif, **({"quality": 100} if kind == "jpeg" else {}))
+        expected = upright.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        error = read_image(path).numpy().astype(int) - np.asarray(expected)
+        assert np.abs(error).max() <= 6, orientation
+    if kind != "tiff":                                                  # whose tags are its pixels'
+        upright.save(path, exif=b"Exif\0\0nonsense")
+        assert read_image(path).shape == (32, 32, 3)
+
+
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     def source(root, part, download=False):
         raise URLError("no route") if download else RuntimeError("not found")
@@ -78,7 +142,7 @@ def test_folder_names_what_is_wrong(folder):
     refused("bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
     (folder / "train" / "plum").mkdir()
-    refused("plum: has no image")
+    refused("no valid file for the classes plum")
     (folder / "train" / "plum").rmdir()
     (folder / "test" / "plum").mkdir()
     refused("test/plum: no such class", "test")

@@ -1,5 +1,8 @@
 """Bad input, to all six programs: exit status 2, one line that names it, and nothing written."""
+import io
+import json
 import os
+import re
 import sys
 
 import pytest
@@ -11,12 +14,14 @@ import common
 import linear_eval
 import simclr_disc
 import simclr_langevin
+from common import UserError
+from processes import run
 
 LANGEVIN, DISC = [simclr_langevin, byol_langevin], [simclr_disc, byol_disc]
 BYOL, SIMCLR = [byol_disc, byol_langevin], [simclr_disc, simclr_langevin]
 TRAINING = LANGEVIN + DISC
 ALL = [*TRAINING, common]
-FLAGS = ["--dataset", "synthetic", "--subset", "64", "--width", "4", "--ebm-iters", "1"]
+FLAGS = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--ebm-iters", "1"]
 
 
 class Pickled:
@@ -43,18 +48,22 @@ def refused(program, flags, monkeypatch, capsys):
 
 
 CASES = [
-    (ALL, "--width 0", "--width"), (ALL, "--width 4.5", "--width"), (ALL, "--seed -1", "--seed"),
+    (ALL, "--width 7", "--width"), (ALL, "--width 8.5", "--width"), (ALL, "--seed -1", "--seed"),
     (ALL, "--seed 9999999999999999999", "--seed"), (ALL, "--subset -1", "--subset"),
     (ALL, "--subset 5001", "--subset 5001"), (ALL, "--ebm-iters -1", "--ebm-iters"),
-    (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective gan", "--ebm-objective"),
+    (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective vae", "--ebm-objective"),
     (ALL, "--precision fp16", "--precision"), (ALL, "--device nowhere", "--device nowhere"),
     (ALL, "--dataset mnist", "--dataset"), (ALL, "--dataset folder", "--data-dir data"),
     (ALL, "--dataset cifar10 --data-dir /proc/none", "--data-dir"),
     (ALL, "--ebm file/ebm.pt", "--ebm file/ebm.pt"), (ALL, "--unknown 1", "--unknown"),
-    (ALL, "--wid 4", "--wid"), (ALL, "--ebm ebm.partial", "--ebm ebm.partial"),
+    (ALL, "--wid 8", "--wid"), (ALL, "--ebm ebm.partial", "--ebm ebm.partial"),
     (ALL, f"--subset {10 ** 400}", "--subset"),
     (LANGEVIN, "--use dataset --view augment", "--view augment"),
     (TRAINING, "--run-dir file/run", "--run-dir file/run"), (TRAINING, "--epochs 0", "--epochs"),
+    (TRAINING, "--run-dir file", "file is not a directory; name another"),
+    (TRAINING, f"--run-dir {250 * 'x'}", "file name too long; name another --run"),
+    (ALL, f"--ebm {250 * 'x'}.pt", "file name too long; name another --ebm"),
+    (TRAINING, f"--epochs {10 ** 99} --emb {10 ** 99}", "file name too long; name another --run"),
     (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 65", "--batch-size 65"),
     (TRAINING, "--lr inf", "--lr"), (TRAINING, "--lr -1", "--lr"), (TRAINING, "--emb 0", "--emb"),
     (TRAINING, "--coeff -0.1", "--coeff"), (TRAINING, "--coeff nan", "--coeff"),
@@ -85,7 +94,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(programs, flags, named, tmp_pa
 @pytest.mark.parametrize("put, named", [
     (lambda path: path.write_bytes(b""), "not a whole file of ours"),
     (lambda path: path.write_bytes(b"PK\3\4 truncated"), "not a whole file of ours"),
-    (foreign({"d": 1}), "it has no config"), (foreign([1]), "it has no config"),
+    (foreign({"d": 1}), "it has no config"), (foreign([1]), "it is a list"),
     (foreign({"config": Pickled()}), "not a whole file of ours"),
     (foreign({"config": {}}), "made with --dataset None, not synthetic"),
     (lambda path: path.mkdir(), "not a whole file of ours")])
@@ -99,7 +108,94 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
     put(tmp_path / "run" / "checkpoint.pt")
     err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "run", "--batch-size", "64"],
                   monkeypatch, capsys)
-    assert "run/checkpoint.pt" in err and (named in err or "made with" in err)
+    assert "run/checkpoint.pt" in err and (named in err or "it has no done" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
-    assert "ebm.pt" in err and (named in err or "not an EBM" in err)
+    assert "ebm.pt" in err and (named in err or "it has no d)" in err)
     assert not (tmp_path / "code was run").exists()
+
+
+@pytest.mark.parametrize("program", TRAINING)
+def test_what_is_only_read_need_not_be_writable(program, tmp_path, monkeypatch):
+    """Nor is what will be written left to be found out later."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("closed", "open", "closed/finished"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "closed" / "ebm.pt").touch()
+    (tmp_path / "closed" / "finished" / "eval.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path))
+
+    def parse(flags):
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags.split()])
+        return program.parse()
+
+    parse("--run-dir open/run --ebm closed/ebm.pt")
+    parse("--run-dir closed/finished --ebm open/ebm.pt")
+    monkeypatch.chdir(tmp_path / "closed")
+    parse(f"--run-dir {tmp_path}/open/run --coeff 0")
+    for flags, named in [("--run-dir run --coeff 0", "--run-dir run: .*closed cannot be written"),
+                         (f"--run-dir {tmp_path}/open/run", "--ebm runs/ebm-.*closed cannot be written"),
+                         ("--run-dir . --coeff 0", "--run-dir .: .*closed cannot be written")]:
+        with pytest.raises(UserError, match=named):
+            parse(flags)
+
+
+RANKS = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("environment", [
+    *({name: value} for name, value in RANKS.items()),
+    *({name: RANKS[name] for name in RANKS.keys() - {left_out}} for left_out in RANKS),
+    {**RANKS, "RANK": "1"}, {**RANKS, "RANK": "one"}, {**RANKS, "MASTER_PORT": "a"}], ids=str)
+def test_half_a_torchrun_is_one_line(environment, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    err = refused(byol_disc, FLAGS, monkeypatch, capsys)
+    assert "start with torchrun, or unset its variables" in err
+
+
+def test_no_character_stops_the_output(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def main():
+        common.show("1 \xb1 2, \udcff")
+        raise UserError("\xfc")
+
+    with pytest.raises(SystemExit):
+        common.launch(main)
+    err.flush()
+    assert out.buffer.getvalue() == b"1 \\xb1 2, \\udcff\n"
+    assert err.buffer.getvalue() == b"error: \\xfc\n"
+
+
+DAMAGE = {
+    "generated.pt": [b"", b"PK\3\4 truncated"],
+    "checkpoint.pt": [b"", b"PK\3\4 truncated"],
+    "config.json": [b"", b"[1]", b"\xff"],
+    "log.jsonl": [b"epoch 1\n", b"5\n", b'{"epoch": "1"}\n', b"\xff\n"],
+    "eval.json": [b"", b"[]", b"{}", b'{"linear": "50"}'],
+}
+
+
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path):
+    """To a script that would go on with it and, where that reads it, to linear_eval.py."""
+    flags = ["--run-dir", "run", "--use", "dataset", "--steps", "1", "--subset", "64"]
+    assert run("byol_langevin", tmp_path, *flags) == 0
+    (tmp_path / "run" / "eval.json").rename(tmp_path / "eval.json")
+    assert run("byol_langevin", tmp_path, *flags) == 0                  # it goes on, and ends
+    (tmp_path / "run" / "eval.json").unlink()
+    for name, contents in DAMAGE.items():
+        path = tmp_path / "run" / name
+        whole = path.read_bytes() if path.exists() else None
+        for content in contents:
+            path.write_bytes(content)
+            (tmp_path / "err").unlink(missing_ok=True)
+            assert run("byol_langevin", tmp_path, *flags) == 2, (name, content)
+            err = (tmp_path / "err").read_text()
+            assert err.startswith(f"error: run/{name}: ") and err.count("\n") == 1, err
+            assert path.read_bytes() == content
+        path.unlink() if whole is None else path.write_bytes(whole)

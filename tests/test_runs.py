@@ -1,4 +1,5 @@
 """A run as a user types it: to the end, killed and resumed, repeated, and with a flag changed."""
+import importlib.util
 import json
 import math
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import processes
-from common import Discriminator, Encoder, Run, UserError, restore, save
+from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
 from conftest import ROOT
 
 TINY = [*processes.TINY, "--epochs", "5", "--run-dir", "run"]
@@ -52,7 +54,7 @@ def test_a_run_leaves_what_the_design_says(whole):
         rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
     assert [row["lr"] for row in rows[:2]] == pytest.approx([1.5e-3, 3e-3])     # two warm-up steps
     torch.manual_seed(0)
-    start, end = Encoder(4).net[0].weight, weights(directory)
+    start, end = Encoder(8).net[0].weight, weights(directory)
     online, target = end["encoder.net.0.weight"], end["target_encoder.net.0.weight"]
     assert not any(map(torch.equal, [online, target, target], [start, start, online]))
     result = json.loads((run / "eval.json").read_text())
@@ -102,10 +104,9 @@ def test_chain_of_a_langevin_run(tmp_path):
     args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
                            device="cpu", precision="fp32", batch_size=8, alpha=0.6, steps=12,
                            step_size=0.0, noise_std=1.0, noise_unit=0.02, grad_clip=0.01)
-    x, f = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8), Discriminator(4)
-    Run(args).save_chain(f, x)
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    chain = json.loads(lines[1])["chain"]
+    x, f = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8), Discriminator(8)
+    Run(args, x, None).save_chain(f, x)
+    chain = json.loads((tmp_path / "run" / "chain.json").read_text())
     assert chain["steps"] == [0, 5, 10, 12]
     expected = [-10 * math.log10(0.4 ** 2 / 12 + step * 0.02 ** 2) for step in chain["steps"]]
     assert chain["psnr"] == pytest.approx(expected, abs=0.05)
@@ -121,7 +122,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
     args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
                            device="cpu", precision="fp32", batch_size=8, epochs=2, lr=1.0,
                            eval_every=0)
-    run, model = Run(args), torch.nn.Linear(2, 2)
+    run, model = Run(args, torch.zeros(8), None), torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(UserError, match="not finite at step 2 of epoch 2, .* holds epoch 1;"):
         for epoch in run.epochs(model=model, optimizer=optimizer):
@@ -135,26 +136,135 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
 
 
 def test_a_checkpoint_of_other_code_is_refused(tmp_path):
-    path, model = tmp_path / "checkpoint.pt", torch.nn.Linear(2, 2)
-    save(path, {}, 1, {"model": model})
-    assert restore(path, {}, {"model": torch.nn.Linear(2, 2)}) == 1
+    training = Training(tmp_path, {})
+    save(tmp_path / "checkpoint.pt", {}, 1, {"model": torch.nn.Linear(2, 2)})
+    assert training.restore({"model": torch.nn.Linear(2, 2)}) == 1
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
         with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
-            restore(path, {}, {"model": other})
+            training.restore({"model": other})
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run on a folder of 40 drawn images, killed before its second epoch's line in the log."""
+    for i, image in enumerate(draw_shapes(40, seed=3)[0]):
+        path = tmp_path / "images" / "train" / "all" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    flags = ["--dataset", "folder", "--subset", "0", "--coeff", "0", "--run-dir", "run"]
+
+    def go_on(data_dir, **kwargs):
+        return processes.run("byol_disc", tmp_path, *flags, "--data-dir", str(data_dir), **kwargs)
+
+    assert go_on("images", moment=6) == -9                  # config, origin, epoch, checkpoint, ...
+    assert log_of(tmp_path) == [None, 1]
+    return tmp_path, go_on
+
+
+def log_of(directory):
+    rows = map(json.loads, (directory / "run" / "log.jsonl").read_text().splitlines())
+    return [row.get("epoch") for row in rows]
+
+
+@pytest.mark.parametrize("path", ["images/", "./images", "{here}/images", "elsewhere"])
+def test_the_same_images_are_known_wherever_they_are(stopped, path):
+    directory, go_on = stopped
+    if path == "elsewhere":
+        (directory / "images").rename(directory / path)
+    assert go_on(path.format(here=directory)) == 0, (directory / "err").read_text()
+    assert log_of(directory) == [None, 1, 2]
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "changed"])
+def test_other_images_are_refused(stopped, change):
+    directory, go_on = stopped
+    images = directory / "images" / "train" / "all"
+    if change == "added":
+        (images / "new.png").write_bytes((images / "0.png").read_bytes())
+    elif change == "removed":
+        (images / "0.png").unlink()
+    else:
+        (images / "0.png").write_bytes((images / "1.png").read_bytes())
+    assert go_on("images") == 2
+    assert (directory / "err").read_text() == (
+        "error: run: made with other images; name another --run-dir or --ebm\n")
+    assert log_of(directory) == [None, 1]
+
+
+def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
+    """Under another name it goes on with it; with another one, made with the same flags, not."""
+    def go_on(ebm, **kwargs):
+        return processes.run("byol_disc", tmp_path, "--run-dir", "run", "--ebm", ebm, **kwargs)
+
+    assert processes.run("simclr_disc", tmp_path, "--run-dir", "other", "--ebm", "other.pt",
+                         "--seed", "1", "--epochs", "1") == 0
+    assert go_on("ebm.pt") == 0
+    (tmp_path / "ebm.pt").rename(tmp_path / "moved.pt")
+    (tmp_path / "run" / "eval.json").unlink()
+    assert go_on("moved.pt") == 0, (tmp_path / "err").read_text()
+    (tmp_path / "run" / "eval.json").unlink()
+    assert go_on("other.pt") == 2
+    assert (tmp_path / "err").read_text().startswith("error: run: made with another EBM; name")
+
+
+def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    """And without the frozen discriminator, which the run has from its own file."""
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.discriminator = torch.nn.Linear(2, 2), Discriminator(8)
+
+    clock, written = [0.0], []
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0]) if
+                        path.name == "checkpoint.pt" else write_whole(path, fill))
+    write_whole, model = common.write_whole, Model()
+    training = Training(tmp_path / "run", {})
+    for start, end in training.rounds("epoch", 10, 1, lambda start: (start,), str,
+                                      {"model": model}):
+        clock[0] += 25
+        training.log(loss=torch.tensor(1.0))
+        assert end < 2 or {*training.unwritten["model"]} == {"encoder.weight", "encoder.bias"} or (
+            clock[0] - 25 in written)
+    assert written == [75, 150, 225, 250] and training.unwritten is None
+
+    monkeypatch.undo()
+    before, frozen = model.encoder.weight.clone(), model.discriminator.linear.weight.clone()
+    training = Training(tmp_path / "again", {})
+    for _ in training.rounds("epoch", 2, 1, lambda start: (start,), str, {"model": model}):
+        training.log(loss=torch.tensor(1.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert Training(tmp_path / "again", {}).restore({"model": model}) == 2
+    assert torch.equal(model.encoder.weight, before)
+    assert model.discriminator.linear.weight.eq(0).all() and frozen.ne(0).any()
+
+
+def test_without_file_locks_it_runs_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("common_elsewhere", ROOT / "common.py")
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    elsewhere.Training(tmp_path / "a", {}).open()
+    elsewhere.Training(tmp_path / "b", {}).open()
+    assert capsys.readouterr().out.count("this system has no file locks") == 1
+    assert common.fcntl is not None and elsewhere.fcntl is None
 
 
 def test_table_of_runs_and_ebm(whole):
     """The table has what the run said of itself, computed again from its checkpoint."""
     (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
-    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.jsonl", "--untrained"]
+    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm", "--untrained"]
     table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
     assert table.returncode == 0, table.stderr
     result = json.loads((whole[0] / "run" / "eval.json").read_text())
     assert result == json.loads((whole[0] / "said.json").read_text())
-    lines = table.stdout.splitlines()
+    lines = table.stdout[table.stdout.index("| run |"):].splitlines()
     for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
         cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]
         assert " | ".join([*cells, "1 |"]) in line
-    labels = [line.split(" | ")[0] for line in lines[2:6]]
+    labels = [line.split(" | ")[0] for line in lines[2:8]]
     assert labels == ["| byol_disc layers=last", "| byol_disc layers=last, untrained encoder",
-                      "| ebm.pt layers=last", "| ebm.pt layers=all"]
+                      "| ebm.pt layers=last", "| ebm.pt layers=all",
+                      "| ebm.pt, untrained layers=last", "| ebm.pt, untrained layers=all"]

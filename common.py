@@ -182,7 +182,7 @@ def check_files(args):
     if "run_dir" in args:
         check_writable("--run-dir", Path(args.run_dir), unless=Path(args.run_dir) / "eval.json")
     if needs_ebm(args):
-        check_writable("--ebm", ebm.with_suffix(""), unless=ebm)
+        check_writable("--ebm", ebm.with_suffix(".ebm"), unless=ebm)
         check_writable("--ebm", ebm.parent, unless=ebm)
 
 
@@ -192,15 +192,15 @@ def check_writable(flag, directory, unless):
     try:
         if unless.exists():
             return
-        Path(f"{path}.pt.new").exists()                                  # raises if it is too long
         found = next(parent for parent in [path, *path.parents] if parent.exists())
-        problem = ("is not a directory" if not found.is_dir() else
-                   "" if os.access(found, os.W_OK | os.X_OK) else "cannot be written in")
+        problem = ("has too long a name" if max(len(os.fsencode(x)) for x in path.parts) > 240 else
+                   f"{found} is not a directory" if not found.is_dir() else
+                   f"{found} cannot be written in" if not os.access(found, os.W_OK | os.X_OK) else "")
     except OSError as error:
-        found, problem = path.name, error.strerror.lower()
+        problem = str(error)
     if problem:
-        raise UserError(f"{flag} {unless if flag == '--ebm' else directory}: {found} {problem}; "
-                        f"name another {flag}")
+        raise UserError(f"{flag} {unless if flag == '--ebm' else directory}: {problem}; name "
+                        f"another {flag}")
 
 
 def launch(main):
@@ -816,13 +816,13 @@ def train_ebm(images, args):
     """Train the EBM on images, uint8 (N, 3, 32, 32), with the flags args; returns the frozen f,
     its features standardised.
 
-    Writes f and the generator to args.ebm; log, checkpoint and a picture of samples to the
-    directory of the same name. Resumes. Raises UserError where f explodes; the last good state
+    Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
+    the directory X.ebm. Resumes. Raises UserError where f explodes; the last good state
     stays.
     """
     path, config = Path(args.ebm), ebm_config(images, args)
     as_made = {"seed": args.seed, "precision": args.precision}
-    training = Training(path.with_suffix(""), {**config, **as_made})
+    training = Training(path.with_suffix(".ebm"), {**config, **as_made})
     training.open(wait=True)
     if path.exists():                                     # another process has made it meanwhile
         return load_ebm(path, args.device)

@@ -217,7 +217,7 @@ def main():
         elif not (path / "config.json").exists():
             raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
         elif "script" not in load_json(path / "config.json"):
-            show(f"{path}: left out, an EBM's directory; its features are in {path}.pt")
+            show(f"{path}: left out, the log of an EBM; the EBM is {path.with_suffix('.pt')}")
         elif not any((path / name).exists() for name in ("eval.json", "checkpoint.pt")):
             show(f"{path}: left out, it has no checkpoint yet")
         else:

@@ -156,7 +156,7 @@ def stopped(tmp_path):
     def go_on(data_dir, **kwargs):
         return processes.run("byol_disc", tmp_path, *flags, "--data-dir", str(data_dir), **kwargs)
 
-    assert go_on("images", moment=6) == -9                  # config, origin, epoch, checkpoint, ...
+    assert go_on("images", moment=5) == -9                  # config, origin, epoch, checkpoint; epoch
     assert log_of(tmp_path) == [None, 1]
     return tmp_path, go_on
 
@@ -197,7 +197,7 @@ def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
         return processes.run("byol_disc", tmp_path, "--run-dir", "run", "--ebm", ebm, **kwargs)
 
     assert processes.run("simclr_disc", tmp_path, "--run-dir", "other", "--ebm", "other.pt",
-                         "--seed", "1", "--epochs", "1") == 0
+                         "--seed", "1", "--epochs", "1") == 0, (tmp_path / "err").read_text()
     assert go_on("ebm.pt") == 0
     (tmp_path / "ebm.pt").rename(tmp_path / "moved.pt")
     (tmp_path / "run" / "eval.json").unlink()
@@ -214,18 +214,17 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
             super().__init__()
             self.encoder, self.discriminator = torch.nn.Linear(2, 2), Discriminator(8)
 
-    clock, written = [0.0], []
+    clock, written, write_whole, model = [0.0], [], common.write_whole, Model()
     monkeypatch.setattr(common.time, "time", lambda: clock[0])
-    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0]) if
-                        path.name == "checkpoint.pt" else write_whole(path, fill))
-    write_whole, model = common.write_whole, Model()
+    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
+                        if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", {})
     for start, end in training.rounds("epoch", 10, 1, lambda start: (start,), str,
                                       {"model": model}):
         clock[0] += 25
         training.log(loss=torch.tensor(1.0))
-        assert end < 2 or {*training.unwritten["model"]} == {"encoder.weight", "encoder.bias"} or (
-            clock[0] - 25 in written)
+        if training.unwritten:
+            assert {*training.unwritten["model"]} == {"encoder.weight", "encoder.bias"}
     assert written == [75, 150, 225, 250] and training.unwritten is None
 
     monkeypatch.undo()
@@ -255,7 +254,7 @@ def test_without_file_locks_it_runs_and_says_so_once(tmp_path, monkeypatch, caps
 def test_table_of_runs_and_ebm(whole):
     """The table has what the run said of itself, computed again from its checkpoint."""
     (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
-    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm", "--untrained"]
+    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.ebm", "--untrained"]
     table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
     assert table.returncode == 0, table.stderr
     result = json.loads((whole[0] / "run" / "eval.json").read_text())

@@ -15,7 +15,7 @@ import simclr_langevin
 from common import Discriminator, draw_shapes, nt_xent
 
 SCRIPTS = [simclr_langevin, byol_langevin, simclr_disc, byol_disc]
-FLAGS = dict(width=4, emb=8, layers="last", temperature=0.5, use="auxiliary", alpha=0.6, steps=2,
+FLAGS = dict(width=8, emb=8, layers="last", temperature=0.5, use="auxiliary", alpha=0.6, steps=2,
              step_size=10, noise_std=1.0, noise_unit=0.005, grad_clip=0.01)
 
 
@@ -23,7 +23,7 @@ def make(script, **flags):
     """The script's method with a third view of weight 0.5, and random target weights."""
     torch.manual_seed(0)
     args = SimpleNamespace(**{**FLAGS, "coeff": 0.5, **flags})
-    f = Discriminator(4).requires_grad_(False)
+    f = Discriminator(8).requires_grad_(False)
     torch.manual_seed(0)
     return (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f)
 

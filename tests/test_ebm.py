@@ -1,5 +1,6 @@
 """EBM training: its step against its formula, its file and log, and what stops it."""
 import json
+import statistics
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shap
 
 def flags(tmp_path, *more):
     return common.parse_flags(common.make_parser("x"), [
-        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3",
+        "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
 
@@ -31,7 +32,7 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     starts = []
     monkeypatch.setattr(common, "langevin",
                         lambda f, x, **flags: starts.append((x, flags)) or negatives)
-    d, g, replay = Discriminator(4), Generator(4), ReplayBuffer(100)
+    d, g, replay = Discriminator(8), Generator(8), ReplayBuffer(100)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
@@ -73,6 +74,70 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     assert close(expected) and not any(map(close, wrong))
 
 
+def test_meters_in_loops():
+    """Of f at the images and at the samples, each beside the other way round, which differs."""
+    x, x_s = draw_shapes(6, seed=3)[0] / 255, 0.8 * draw_shapes(6, seed=4)[0] / 255 + 0.1
+    d = Discriminator(8)
+    d.linear.weight.data *= 30
+    meters = common.discriminator_step(x, x_s, lambda real, sample: real, 0, d,
+                                       torch.optim.SGD(d.parameters(), lr=0.0))
+    meters = {name: value.item() for name, value in meters.items()}
+
+    def expected(x, x_s):
+        energies = [[d(image[None]).item() for image in part] for part in (x, x_s)]
+        gradients = [torch.autograd.functional.jacobian(lambda image: d(image[None])[0], image)
+                     for image in torch.cat([x, x_s])]
+        clamped = [value.item() for gradient in gradients[len(x):] for value in
+                   (gradient.abs() >= 0.01).float().flatten()]
+        f_real, f_sample = map(statistics.fmean, energies)
+        wins = [real > sample for real in energies[0] for sample in energies[1]]
+        pixels = list(zip(*x_s.flatten(1).tolist())), list(zip(*x.flatten(1).tolist()))
+        spread = [statistics.fmean(map(statistics.stdev, part)) for part in pixels]
+        return {"f_real": f_real, "f_sample": f_sample, "gap": f_real - f_sample,
+                "penalty": 2 * statistics.fmean(g.square().sum().item() for g in gradients),
+                "auc": statistics.fmean(wins), "clamped": statistics.fmean(clamped),
+                "sample_mean": x_s.mean().item(), "sample_std": spread[0], "data_std": spread[1]}
+
+    assert meters == pytest.approx(expected(x, x_s), rel=1e-3)
+    for name, value in expected(x_s, x).items():
+        assert name == "penalty" or value != pytest.approx(meters[name], rel=1e-2), name
+    assert 0 < meters["auc"] < 1 and 0 < meters["clamped"] < 1
+
+
+@pytest.mark.parametrize("objective", ["ade", "cd"])
+def test_training_is_a_plain_loop(tmp_path, monkeypatch, objective):
+    """Two steps of 64 images, drawn with replacement; Adam with IGEBM's and ADE's rates."""
+    monkeypatch.setattr(common, "has_test", lambda args: False)
+    args = flags(tmp_path, "--ebm-objective", objective, "--ebm-rotation", "0.5", "--seed", "4",
+                 "--ebm-iters", "2")
+    images = common.training_images(args)
+
+    def plain(lr_d=1e-3, lr_g=2e-4):
+        torch.manual_seed(common.seed_of(4))
+        d = Discriminator(8)
+        parts = {"d": d, **({"g": Generator(8)} if objective == "ade" else
+                            {"replay": ReplayBuffer(10000)})}
+        optimizers = {f"optimizer_{name}": torch.optim.Adam(
+            parts[name].parameters(), lr, betas=(0.0, 0.9), fused=True)
+            for name, lr in [("d", lr_d), ("g", lr_g)] if name in parts}
+        torch.manual_seed(common.seed_of(4, 0))
+        for _ in range(2):
+            x = images[torch.randint(len(images), (64,))] / 255
+            getattr(common, f"{objective}_step")(x, 0.5, **parts, **optimizers)
+        torch.manual_seed(common.seed_of(4, 2))
+        d.standardise(images)
+        return {name: part.state_dict() for name, part in parts.items() if name != "replay"}
+
+    train_ebm(images, args)
+    saved = torch.load(args.ebm, weights_only=True)
+
+    def same(parts):
+        return all(torch.equal(value, saved[part][name])
+                   for part, state in parts.items() for name, value in state.items())
+    assert same(plain()) and not same(plain(lr_d=2e-4, lr_g=1e-3))
+    assert saved.keys() - {"config", "done"} == {"d", "g"} - ({"g"} if objective == "cd" else set())
+
+
 @pytest.mark.parametrize("objective", ["ade", "cd"])
 def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
     args = flags(tmp_path, "--ebm-objective", objective)
@@ -98,11 +163,12 @@ def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
-    replay, starts, d = ReplayBuffer(1000), [], Discriminator(4)
+    replay, starts, d = ReplayBuffer(1000), [], Discriminator(8)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
     monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(shape[0]))
-    common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, torch.optim.SGD(d.parameters(), 0), replay)
+    monkeypatch.setattr(common, "discriminator_step", lambda *_: None)
+    common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, None, replay)
     fresh = starts[0].flatten(1).amax(1) > 0
     assert 25 < fresh.sum() < 80
     assert torch.equal(replay.images, (starts[0] + 1).half())
@@ -111,7 +177,7 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
 @pytest.mark.parametrize("weight", [0, 5])
 def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
     """G's step is the gradient of its loss at the samples x_s, carried to G(z) unchanged."""
-    d, g = Discriminator(4), Generator(4)
+    d, g = Discriminator(8), Generator(8)
     x, x_s = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     monkeypatch.setattr(common, "langevin", lambda *_, **__: x_s)
     torch.manual_seed(5)
@@ -149,8 +215,8 @@ def test_file_log_and_picture(tmp_path, capsys):
     assert torch.equal(loaded.features(images / 255), d.features(images / 255))
     torch.manual_seed(common.seed_of(args.seed, 3))
     features = loaded.features(common.augment(images))                  # what the method sees
-    assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-3)
-    assert torch.allclose(features.std(0, correction=0), torch.ones(32), atol=1e-3)
+    assert torch.allclose(features.mean(0), torch.zeros(64), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), torch.ones(64), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
@@ -161,8 +227,8 @@ def test_file_log_and_picture(tmp_path, capsys):
         assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
     assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
-    with pytest.raises(UserError, match="--width 4, not 8"):
-        get_ebm(images, flags(tmp_path, "--width", "8"))
+    with pytest.raises(UserError, match="--width 8, not 16"):
+        get_ebm(images, flags(tmp_path, "--width", "16"))
     with pytest.raises(UserError, match="other images"):
         get_ebm(images[1:], args)
 
@@ -171,7 +237,7 @@ def test_each_setting_of_an_ebm_has_a_file_of_its_own():
     def name(*flags):
         return common.parse_flags(common.make_parser("x"), flags).ebm
 
-    names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "8"),
+    names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "16"),
              name("--ebm-objective", "cd"), name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
              name("--seed", "1"), name("--seed", "2")]
     assert len(set(names)) == len(names)
@@ -202,9 +268,9 @@ def test_no_iterations_give_the_untrained_probe(tmp_path, capsys):
 
 @pytest.mark.parametrize("objective", ["ade", "cd"])
 def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
-    monkeypatch.setattr(common, "BLOCK", 2)
+    monkeypatch.setattr(common, "BLOCK", 1)
     monkeypatch.setattr(common, "has_test", lambda args: False)
-    args = flags(tmp_path, "--ebm-iters", "6", "--ebm-objective", objective,
+    args = flags(tmp_path, "--ebm-iters", "3", "--ebm-objective", objective,
                  "--ebm-rotation", "0.5")
     images = common.training_images(args)
     whole = train_ebm(images, args)
@@ -217,7 +283,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
     resumed = train_ebm(images, args)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
-    assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
+    assert [json.loads(row).get("iteration") for row in rows] == [None, 1, 2, 3]
     (tmp_path / "ebm.pt").unlink()
     args.seed = 1
     other = train_ebm(images, args)

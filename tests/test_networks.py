@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from common import Discriminator, Encoder, Generator, draw_shapes, in_bf16, mlp, pool
+from common import (Discriminator, Encoder, Generator, augment, draw_shapes, in_bf16, mlp,
+                    pool)
 
 
 def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
@@ -23,27 +24,27 @@ def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
 
 
 def test_widths():
-    assert Encoder(4)(torch.rand(2, 3, 24, 40)).shape == (2, 32)
-    assert Generator(4, z_dim=7)(torch.randn(2, 7)).shape == (2, 3, 32, 32)
+    assert Encoder(8)(torch.rand(2, 3, 24, 40)).shape == (2, 64)
+    assert Generator(8, z_dim=7)(torch.randn(2, 7)).shape == (2, 3, 32, 32)
     kinds = [type(layer) for layer in mlp(3, 5, 2)]
     assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    image = Generator(4)(9 * torch.randn(8, 128))
+    image = Generator(8)(9 * torch.randn(8, 128))
     assert image.min() >= 0 and image.max() <= 1
 
 
 def test_discriminator_features_are_what_f_reads():
-    d, x = Discriminator(4), torch.rand(5, 3, 32, 32)
+    d, x = Discriminator(8), torch.rand(5, 3, 32, 32)
     assert d(x).shape == (5,)
     for layers in ("last", "all"):
         assert d.features(x, layers).shape == (5, d.dims[layers])
     assert torch.allclose(d.linear(d.features(x)).squeeze(1), d(x), atol=1e-6)
-    assert torch.equal(d.features(x, "all")[:, -32:], d.features(x, "last"))
+    assert torch.equal(d.features(x, "all")[:, -64:], d.features(x, "last"))
     widths = [(m.in_channels, m.out_channels) for m in d.modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [(3, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+    assert widths == [(3, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
 
 
 def test_features_are_mean_and_variance_of_each_channel():
-    d, x = Discriminator(4), torch.rand(2, 3, 32, 32)
+    d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
 
     def expected(variance):
         return torch.cat([torch.tensor([[of(channel.flatten().tolist()) for channel in image]
@@ -52,32 +53,36 @@ def test_features_are_mean_and_variance_of_each_channel():
 
     right, unbiased = expected(statistics.pvariance), expected(statistics.variance)
     assert torch.allclose(d.features(x, "all"), right, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(d.features(x, "last"), right[:, -32:], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(d.features(x, "last"), right[:, -64:], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(d.features(x, "all"), unbiased, rtol=1e-4, atol=1e-6)
     rounded = d.maps(x)[-1].bfloat16()
     assert torch.equal(pool(rounded), pool(rounded.float()))            # in fp32, whatever the map
 
 
-def test_features_are_standardised_over_the_images():
-    d, (images, _) = Discriminator(4), draw_shapes(60, seed=3)
-    raw, energies = d.features(images / 255, "all").detach(), d(images / 255)
-    assert raw.std(0).max() < 0.5                                       # not so by themselves
+def test_features_are_standardised_over_augmented_images():
+    d, (images, _) = Discriminator(8), draw_shapes(60, seed=3)
+    torch.manual_seed(1)
+    views, energies = augment(images), d(images / 255)
+    raw = d.features(views, "all").detach()
+    assert raw.std(0).median() < 0.5                                    # not so by themselves
     d.standardise(draw_shapes(20, seed=4)[0])                           # which leaves no trace
-    assert not torch.allclose(d.features(images / 255).mean(0), torch.zeros(32), atol=1e-3)
+    assert not torch.allclose(d.features(views).mean(0), torch.zeros(64), atol=1e-3)
+    torch.manual_seed(1)
     d.standardise(images)
-    features = d.features(images / 255, "all")
+    features = d.features(views, "all")
     expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
     assert torch.allclose(features, expected, atol=1e-3)
-    assert torch.equal(d.features(images / 255), features[:, -32:])
+    assert torch.equal(d.features(views), features[:, -64:])
     assert torch.equal(d(images / 255), energies)
+    assert (d.features(images / 255).mean(0).abs() > 0.05).any()        # on those as they are, not
 
 
 def test_constant_features_stay_finite():
-    d, images = Discriminator(4), draw_shapes(8, seed=3)[0]
+    d, black = Discriminator(8), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     for _ in range(2):
-        d.standardise(images[:1])
-        assert torch.allclose(d.features(images[:1] / 255), torch.zeros(32), atol=1e-3)
-        assert d.features(images / 255).abs().max() < 1e7
+        d.standardise(black)                                            # black in every view
+        assert torch.allclose(d.features(black / 255), torch.zeros(64), atol=1e-3)
+        assert d.features(draw_shapes(8, seed=3)[0] / 255).abs().max() < 1e7
 
 
 def test_he_initialisation_keeps_the_variance():

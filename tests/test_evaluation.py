@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import common
@@ -68,13 +69,16 @@ def test_metrics_are_the_base_codes():
     assert inspect.signature(linear_accuracy).parameters["epochs"].default == 500
 
 
-def test_linear_probe_equals_its_protocol():
+@pytest.mark.parametrize("scale", [1, 1e-4])            # where the weight decay tells
+def test_linear_probe_equals_its_protocol(scale, monkeypatch):
     """Adam from 1e-2, weight decay 5e-6, down to 1e-6 by a factor an epoch; here three epochs."""
-    x, y = torch.randn(2500, 6), torch.randint(3, (2500,))
+    x, y, made = scale * torch.randn(2500, 6), torch.randint(3, (2500,)), []
+    linear = nn.Linear
+    monkeypatch.setattr(nn, "Linear", lambda *a, **b: made.append(linear(*a, **b)) or made[-1])
 
-    def probe(decay):
+    def probe(decay, weight_decay=5e-6):
         w, b = torch.zeros(3, 6, requires_grad=True), torch.zeros(3, requires_grad=True)
-        optimizer = torch.optim.Adam([w, b], weight_decay=5e-6)
+        optimizer = torch.optim.Adam([w, b], weight_decay=weight_decay)
         shuffled = torch.Generator().manual_seed(0)
         for epoch in range(3):
             optimizer.param_groups[0]["lr"] = 1e-2 * decay ** (epoch / 3)
@@ -82,10 +86,13 @@ def test_linear_probe_equals_its_protocol():
                 optimizer.zero_grad()
                 F.cross_entropy(x[index] @ w.T + b, y[index]).backward()
                 optimizer.step()
-        return 100 * ((x @ w.T + b).argmax(1) == y).float().mean().item()
+        return w.detach(), 100 * ((x @ w.T + b).argmax(1) == y).float().mean().item()
 
-    assert linear_accuracy(x, y, x, y, epochs=3) == pytest.approx(probe(1e-4), abs=0.05)
-    assert probe(1e-4) != pytest.approx(probe(1), abs=0.05)
+    accuracy, (weight, expected) = linear_accuracy(x, y, x, y, epochs=3), probe(1e-4)
+    assert accuracy == pytest.approx(expected, abs=0.05)
+    assert torch.allclose(made[0].weight, weight, atol=1e-5)
+    assert not torch.allclose(weight, probe(1)[0], atol=1e-3)
+    assert scale == 1 or not torch.allclose(weight, probe(1e-4, 0)[0], atol=1e-4)
 
 
 def test_linear_probe_finds_a_linear_rule_and_nothing_else():

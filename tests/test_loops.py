@@ -75,7 +75,8 @@ def train(script, args, images, f, epochs=2, fault=None):
             step = (epoch - 1) * per_epoch + i
             optimizer.param_groups[0]["lr"] = args.lr if fault == "no schedule" else (
                 lr_at(step, args))
-            loss, terms = method(images[order[i * args.batch_size:(i + 1) * args.batch_size]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+                loss, terms = method(images[order[i * args.batch_size:(i + 1) * args.batch_size]])
             for p in online if fault != "gradients kept" else []:
                 p.grad = None
             loss.backward()
@@ -102,11 +103,11 @@ def same(saved, method):
 
 
 RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3"),
-        (simclr_disc, "--coeff 0 --schedule cosine"),
-        (byol_disc, "--coeff 0.5 --layers all --tau 0.9"),
-        (simclr_langevin, "--coeff 0.5 --temperature 0.3 --steps 2"),
+        (simclr_disc, "--coeff 0 --schedule cosine --precision bf16"),
+        (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --precision bf16"),
+        (simclr_langevin, "--coeff 0.5 --temperature 0.3 --steps 2 --precision bf16"),
         (byol_langevin, "--coeff 0.5 --tau 0.9 --schedule cosine --steps 2"),
-        (byol_langevin, "--coeff 0.5 --view augment")]
+        (byol_langevin, "--coeff 0.5 --view augment --precision bf16")]
 
 
 @pytest.mark.parametrize("script, flags", RUNS, ids=[f"{s.__name__} {f}" for s, f in RUNS])
@@ -133,8 +134,9 @@ def test_a_run_is_a_plain_loop(script, flags, program):
     torch.manual_seed(args.seed)
     for values, encoder in [(result, method.encoder), (result["untrained"], Encoder(8))]:
         (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
-        expected = fingerprint(extract_features(encoder, x), y, extract_features(encoder, test_x),
-                               test_y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            expected = fingerprint(extract_features(encoder, x), y,
+                                   extract_features(encoder, test_x), test_y)
         assert values["linear"] == pytest.approx(expected, rel=1e-4)
     assert result["linear"] != pytest.approx(result["untrained"]["linear"], rel=1e-2)
 

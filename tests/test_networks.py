@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 
 from common import (Discriminator, Encoder, Generator, augment, draw_shapes, in_bf16, mlp,
@@ -41,6 +42,26 @@ def test_discriminator_features_are_what_f_reads():
     assert torch.equal(d.features(x, "all")[:, -64:], d.features(x, "last"))
     widths = [(m.in_channels, m.out_channels) for m in d.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [(3, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
+
+
+def test_discriminator_layer_by_layer():
+    """Convolutions with LeakyReLU 0.1, a mean over 2 x 2 pixels before the second and third stage."""
+    d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
+
+    def maps(slope=0.1, pool=F.avg_pool2d):
+        image, made = (x - 0.5) / 0.25, []
+        for i, layer in enumerate(m for m in d.modules() if isinstance(m, nn.Conv2d)):
+            image = pool(image, 2) if i in (2, 4) else image
+            image = F.conv2d(image, layer.weight, layer.bias, padding=1)
+            image = torch.where(image > 0, image, slope * image)
+            made.append(image)
+        return made[1], made[3], made[4]
+
+    for ours, right, *wrong in zip(d.maps(x), maps(), maps(0.2), maps(0.1, F.max_pool2d)):
+        assert torch.allclose(ours, right, atol=1e-4)
+        assert not torch.allclose(ours, wrong[0], atol=1e-2)
+    assert not torch.allclose(ours, wrong[1], atol=1e-2)
+    assert all((m.bias == 0).all() for m in d.modules() if isinstance(m, nn.Conv2d))
 
 
 def test_features_are_mean_and_variance_of_each_channel():

@@ -16,8 +16,8 @@ discriminator (--layers all: of the last of each stage), standardised; g_D their
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, distribute, launch, lr_factor, make_parser,
-                    mlp, nt_xent, number, parse_flags, training_images, z_std)
+from common import (Encoder, Run, augment, autocast, compiled, distribute, launch, lr_factor,
+                    make_parser, mlp, nt_xent, number, parse_flags, training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -72,7 +72,7 @@ def main():
     discriminator = run.get_ebm(images)
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)
-    ddp = distribute(model)
+    ddp = distribute(compiled(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

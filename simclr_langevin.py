@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
-                    chain_flags, distribute, generate, launch, lr_factor, make_parser, mlp, nt_xent,
-                    number, parse_flags, training_images, z_std)
+                    chain_flags, compiled, distribute, generate, launch, lr_factor, make_parser,
+                    mlp, nt_xent, number, parse_flags, training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -77,7 +77,7 @@ def main():
         total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
     model = SimCLR(args, f).to(args.device)
-    ddp = distribute(model)
+    ddp = distribute(compiled(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import byol_disc
 import simclr_disc
 from common import (Discriminator, augment, autocast, byol_loss, draw_shapes, langevin,
-                    linear_accuracy, mlp, ema_update, nt_xent)
+                    mlp, ema_update, nt_xent)
 
 BATCH, TAU = 128, 0.99
 PIL = v2.Compose([

@@ -1,5 +1,8 @@
 """EBM training: its step against its formula, its file and log, and what stops it."""
 import json
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,13 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import linear_eval
 from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes, get_ebm,
                     load_ebm, train_ebm)
 
 
 def flags(tmp_path, *more):
     return common.parse_flags(common.make_parser("x"), [
-        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3",
+        "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
 
@@ -31,7 +35,7 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     starts = []
     monkeypatch.setattr(common, "langevin",
                         lambda f, x, **flags: starts.append((x, flags)) or negatives)
-    d, g, replay = Discriminator(4), Generator(4), ReplayBuffer(100)
+    d, g, replay = Discriminator(8), Generator(8), ReplayBuffer(100)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
@@ -73,6 +77,69 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     assert close(expected) and not any(map(close, wrong))
 
 
+def test_meters_in_loops():
+    """Of f at the images and at the samples, each beside the other way round, which differs."""
+    x, x_s = draw_shapes(6, seed=3)[0] / 255, 0.8 * draw_shapes(6, seed=4)[0] / 255 + 0.1
+    d = Discriminator(8)
+    d.linear.weight.data *= 30
+    meters = common.discriminator_step(x, x_s, lambda real, sample: real, 0, d,
+                                       torch.optim.SGD(d.parameters(), lr=0.0))
+    meters = {name: value.item() for name, value in meters.items()}
+
+    def expected(x, x_s):
+        energies = [[d(image[None]).item() for image in part] for part in (x, x_s)]
+        gradients = [torch.autograd.functional.jacobian(lambda image: d(image[None])[0], image)
+                     for image in torch.cat([x, x_s])]
+        clamped = [value.item() for gradient in gradients[len(x):] for value in
+                   (gradient.abs() >= 0.01).float().flatten()]
+        f_real, f_sample = map(statistics.fmean, energies)
+        wins = [real > sample for real in energies[0] for sample in energies[1]]
+        pixels = list(zip(*x_s.flatten(1).tolist())), list(zip(*x.flatten(1).tolist()))
+        spread = [statistics.fmean(map(statistics.stdev, part)) for part in pixels]
+        return {"f_real": f_real, "f_sample": f_sample, "gap": f_real - f_sample,
+                "penalty": 2 * statistics.fmean(g.square().sum().item() for g in gradients),
+                "auc": statistics.fmean(wins), "clamped": statistics.fmean(clamped),
+                "sample_mean": x_s.mean().item(), "sample_std": spread[0], "data_std": spread[1]}
+
+    assert meters == pytest.approx(expected(x, x_s), rel=1e-3)
+    for name, value in expected(x_s, x).items():
+        assert name == "penalty" or value != pytest.approx(meters[name], rel=1e-2), name
+    assert 0 < meters["auc"] < 1 and 0 < meters["clamped"] < 1
+
+
+@pytest.mark.parametrize("objective", ["ade", "cd"])
+def test_training_is_a_plain_loop(tmp_path, monkeypatch, objective):
+    """Two steps of 64 images, drawn with replacement; Adam with IGEBM's and ADE's rates."""
+    args = flags(tmp_path, "--ebm-objective", objective, "--ebm-rotation", "0.5", "--seed", "4",
+                 "--ebm-iters", "2")
+    images = common.training_images(args)
+
+    def plain(lr_d=1e-3, lr_g=2e-4):
+        torch.manual_seed(common.seed_of(4))
+        d = Discriminator(8)
+        parts = {"d": d, **({"g": Generator(8)} if objective == "ade" else
+                            {"replay": ReplayBuffer(10000)})}
+        optimizers = {f"optimizer_{name}": torch.optim.Adam(
+            parts[name].parameters(), lr, betas=(0.0, 0.9), fused=True)
+            for name, lr in [("d", lr_d), ("g", lr_g)] if name in parts}
+        torch.manual_seed(common.seed_of(4, 0))
+        for _ in range(2):
+            x = images[torch.randint(len(images), (64,))] / 255
+            getattr(common, f"{objective}_step")(x, 0.5, **parts, **optimizers)
+        torch.manual_seed(common.seed_of(4, 2))
+        d.standardise(images)
+        return {name: part.state_dict() for name, part in parts.items() if name != "replay"}
+
+    train_ebm(images, args)
+    saved = torch.load(args.ebm, weights_only=True)
+
+    def same(parts):
+        return all(torch.equal(value, saved[part][name])
+                   for part, state in parts.items() for name, value in state.items())
+    assert same(plain()) and not same(plain(lr_d=2e-4, lr_g=1e-3))
+    assert saved.keys() - {"config", "done"} == {"d", "g"} - ({"g"} if objective == "cd" else set())
+
+
 @pytest.mark.parametrize("objective", ["ade", "cd"])
 def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
     args = flags(tmp_path, "--ebm-objective", objective)
@@ -98,11 +165,12 @@ def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
-    replay, starts, d = ReplayBuffer(1000), [], Discriminator(4)
+    replay, starts, d = ReplayBuffer(1000), [], Discriminator(8)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
     monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(shape[0]))
-    common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, torch.optim.SGD(d.parameters(), 0), replay)
+    monkeypatch.setattr(common, "discriminator_step", lambda *_: None)
+    common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, None, replay)
     fresh = starts[0].flatten(1).amax(1) > 0
     assert 25 < fresh.sum() < 80
     assert torch.equal(replay.images, (starts[0] + 1).half())
@@ -111,7 +179,7 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
 @pytest.mark.parametrize("weight", [0, 5])
 def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
     """G's step is the gradient of its loss at the samples x_s, carried to G(z) unchanged."""
-    d, g = Discriminator(4), Generator(4)
+    d, g = Discriminator(8), Generator(8)
     x, x_s = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     monkeypatch.setattr(common, "langevin", lambda *_, **__: x_s)
     torch.manual_seed(5)
@@ -142,27 +210,29 @@ def test_file_log_and_picture(tmp_path, capsys):
     images = common.training_images(args)
     d = train_ebm(images, args)
     out = capsys.readouterr().out
-    assert out.count("stages, after 3 iterations: ") == 2 == out.count("stages, untrained: ")
+    assert out.count("iteration 3/3 ") == 1
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(loaded.features(images / 255), d.features(images / 255))
     torch.manual_seed(common.seed_of(args.seed, 3))
     features = loaded.features(common.augment(images))                  # what the method sees
-    assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-3)
-    assert torch.allclose(features.std(0, correction=0), torch.ones(32), atol=1e-3)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
-    header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
+    assert torch.allclose(features.mean(0), torch.zeros(64), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), torch.ones(64), atol=1e-3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.ebm", "ebm.pt"]
+    assert {path.name for path in (tmp_path / "ebm.ebm").iterdir()} == {
+        ".lock", "config.json", "log.jsonl", "samples.png"}
+    header, row = map(json.loads, (tmp_path / "ebm.ebm" / "log.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
     assert {"f_real", "f_sample", "gap", "auc", "clamped", "sample_mean", "sample_std"} < set(row)
     assert row["gap"] == pytest.approx(row["f_real"] - row["f_sample"], abs=1e-5)
     assert 0 <= row["auc"] <= 1 and 0 <= row["clamped"] <= 1
-    with Image.open(tmp_path / "ebm.png") as picture:
+    with Image.open(tmp_path / "ebm.ebm" / "samples.png") as picture:
         assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
     assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
-    with pytest.raises(UserError, match="--width 4, not 8"):
-        get_ebm(images, flags(tmp_path, "--width", "8"))
+    with pytest.raises(UserError, match="--width 8, not 16"):
+        get_ebm(images, flags(tmp_path, "--width", "16"))
     with pytest.raises(UserError, match="other images"):
         get_ebm(images[1:], args)
 
@@ -171,7 +241,7 @@ def test_each_setting_of_an_ebm_has_a_file_of_its_own():
     def name(*flags):
         return common.parse_flags(common.make_parser("x"), flags).ebm
 
-    names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "8"),
+    names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "16"),
              name("--ebm-objective", "cd"), name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
              name("--seed", "1"), name("--seed", "2")]
     assert len(set(names)) == len(names)
@@ -192,19 +262,28 @@ def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
     assert moved_by_an_outlier(torch.optim.Adam(state["d"].parameters(), betas=(0.0, 0.999))) > 10
 
 
-def test_no_iterations_give_the_untrained_probe(tmp_path, capsys):
-    args = flags(tmp_path, "--ebm-iters", "0")
-    train_ebm(common.training_images(args), args)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "linear probe" in line]
-    last, every, last_untrained, every_untrained = [line.split(": ")[1] for line in lines]
+def test_no_iterations_give_the_untrained_probe(tmp_path, monkeypatch):
+    """linear_eval.py compares with the discriminator as it began; the probe is a fingerprint."""
+    monkeypatch.setitem(linear_eval.METRICS, "linear", lambda x, *_: x.double().square().mean())
+    evaluation = SimpleNamespace(device="cpu", data_dir=None, split="test", untrained=True)
+
+    def probe(*more):
+        args = flags(tmp_path / "-".join(["ebm", *more]), "--seed", "3", *more)
+        train_ebm(common.training_images(args), args)
+        rows = list(linear_eval.evaluate_ebm(Path(args.ebm), evaluation))
+        assert [row["layers"] for row, _ in rows] == 2 * ["last", "all"]
+        return [result["linear"].item() for _, result in rows]
+
+    last, every, last_untrained, every_untrained = probe("--ebm-iters", "0")
     assert last == last_untrained and every == every_untrained and last != every
+    assert probe()[2:] == pytest.approx([last, every], rel=0.05) and probe()[0] != last
 
 
 @pytest.mark.parametrize("objective", ["ade", "cd"])
 def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
-    monkeypatch.setattr(common, "BLOCK", 2)
-    monkeypatch.setattr(common, "has_test", lambda args: False)
-    args = flags(tmp_path, "--ebm-iters", "6", "--ebm-objective", objective,
+    monkeypatch.setattr(common, "EBM_ROUND", 1)
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
+    args = flags(tmp_path, "--ebm-iters", "3", "--ebm-objective", objective,
                  "--ebm-rotation", "0.5")
     images = common.training_images(args)
     whole = train_ebm(images, args)
@@ -213,11 +292,11 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
         patch.setattr(common, "append", fail_at(3, common.append))
         with pytest.raises(KeyboardInterrupt):
             train_ebm(images, args)
-    assert (tmp_path / "ebm.partial").exists() and not (tmp_path / "ebm.pt").exists()
+    assert (tmp_path / "ebm.ebm" / "checkpoint.pt").exists() and not (tmp_path / "ebm.pt").exists()
     resumed = train_ebm(images, args)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
-    rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
-    assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
+    rows = (tmp_path / "ebm.ebm" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(row).get("iteration") for row in rows] == [None, 1, 2, 3]
     (tmp_path / "ebm.pt").unlink()
     args.seed = 1
     other = train_ebm(images, args)
@@ -238,7 +317,7 @@ def fail_at(n, function):
 
 @pytest.mark.parametrize("what", ["f", "a weight"])
 def test_it_stops_when_it_explodes_and_keeps_the_last_good_state(tmp_path, monkeypatch, what):
-    monkeypatch.setattr(common, "BLOCK", 2)
+    monkeypatch.setattr(common, "EBM_ROUND", 2)
     args, calls = flags(tmp_path, "--ebm-iters", "6"), []
 
     def step(x, rotation_weight, d, **others):
@@ -252,8 +331,8 @@ def test_it_stops_when_it_explodes_and_keeps_the_last_good_state(tmp_path, monke
         return meters
     ade_step = common.ade_step
     monkeypatch.setattr(common, "ade_step", step)
-    with pytest.raises(UserError, match="f exploded before iteration 4, .* is of iteration 2;"):
+    with pytest.raises(UserError, match="f exploded before iteration 4, .* last good state is in"):
         train_ebm(common.training_images(args), args)
     assert not (tmp_path / "ebm.pt").exists()
-    saved = torch.load(tmp_path / "ebm.partial", weights_only=True)
+    saved = torch.load(tmp_path / "ebm.ebm" / "checkpoint.pt", weights_only=True)
     assert saved["done"] == 2 and all(p.isfinite().all() for p in saved["d"].values())

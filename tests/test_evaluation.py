@@ -1,22 +1,24 @@
 """Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
+import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import common
-from common import Encoder, draw_shapes, extract_features, knn_accuracy, linear_accuracy
-from linear_eval import table
+import linear_eval
+from common import Encoder, UserError, draw_shapes
+from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, table
 
 
 def test_the_backbone_stays_frozen():
-    encoder = Encoder(4)
+    encoder = Encoder(8)
     images, _ = draw_shapes(20, seed=3)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     features = extract_features(encoder, images)
-    assert features.shape == (20, 32) and not features.requires_grad and encoder.training
+    assert features.shape == (20, 64) and not features.requires_grad and encoder.training
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     alone = extract_features(encoder, images[3:4])
     assert torch.allclose(alone, features[3:4], atol=1e-5)              # no batch statistics
@@ -48,13 +50,34 @@ def test_knn_equals_loops(k, temperature):
     assert knn_accuracy(train_x, train_y.roll(1), test_x, test_y, k, temperature) < 50
 
 
-def test_linear_probe_equals_its_protocol():
-    """Adam from 1e-2, weight decay 5e-6, down to 1e-6 by a factor an epoch; here three epochs."""
-    x, y = torch.randn(2500, 6), torch.randint(3, (2500,))
+def test_metrics_are_the_base_codes():
+    """k = 5, Euclidean; k = 200, cosine, T = 0.1; a probe of 500 epochs."""
+    torch.manual_seed(2)
+    centers = torch.randn(4, 8)
+    train_y, test_y = torch.randint(4, (260,)), torch.randint(4, (120,))
+    data = [centers[train_y] + 2 * torch.randn(260, 8), train_y,
+            centers[test_y] + 2 * torch.randn(120, 8), test_y]
+    named = {"knn5": (5, None), "knn_cosine": (200, 0.1)}
+    for name, others in [("knn5", [(4, None), (6, None), (5, 0.1)]),
+                         ("knn_cosine", [(200, 0.5), (200, 0.07), (200, None)])]:
+        ours = METRICS[name](*data)
+        assert ours == pytest.approx(knn_in_loops(*data, *named[name]))
+        assert all(ours != pytest.approx(knn_in_loops(*data, *other)) for other in others)
+    assert METRICS["knn_cosine"].keywords["k"] == 200                   # of no account at this T
+    assert METRICS.keys() == {"linear", *named} and METRICS["linear"] is linear_accuracy
+    assert inspect.signature(linear_accuracy).parameters["epochs"].default == 500
 
-    def probe(decay):
+
+@pytest.mark.parametrize("scale", [1, 1e-4])            # where the weight decay tells
+def test_linear_probe_equals_its_protocol(scale, monkeypatch):
+    """Adam from 1e-2, weight decay 5e-6, down to 1e-6 by a factor an epoch; here three epochs."""
+    x, y, made = scale * torch.randn(2500, 6), torch.randint(3, (2500,)), []
+    linear = nn.Linear
+    monkeypatch.setattr(nn, "Linear", lambda *a, **b: made.append(linear(*a, **b)) or made[-1])
+
+    def probe(decay, weight_decay=5e-6):
         w, b = torch.zeros(3, 6, requires_grad=True), torch.zeros(3, requires_grad=True)
-        optimizer = torch.optim.Adam([w, b], weight_decay=5e-6)
+        optimizer = torch.optim.Adam([w, b], weight_decay=weight_decay)
         shuffled = torch.Generator().manual_seed(0)
         for epoch in range(3):
             optimizer.param_groups[0]["lr"] = 1e-2 * decay ** (epoch / 3)
@@ -62,10 +85,13 @@ def test_linear_probe_equals_its_protocol():
                 optimizer.zero_grad()
                 F.cross_entropy(x[index] @ w.T + b, y[index]).backward()
                 optimizer.step()
-        return 100 * ((x @ w.T + b).argmax(1) == y).float().mean().item()
+        return w.detach(), 100 * ((x @ w.T + b).argmax(1) == y).float().mean().item()
 
-    assert linear_accuracy(x, y, x, y, epochs=3) == pytest.approx(probe(1e-4), abs=0.05)
-    assert probe(1e-4) != pytest.approx(probe(1), abs=0.05)
+    accuracy, (weight, expected) = linear_accuracy(x, y, x, y, epochs=3), probe(1e-4)
+    assert accuracy == pytest.approx(expected, abs=0.05)
+    assert torch.allclose(made[0].weight, weight, atol=1e-5)
+    assert not torch.allclose(weight, probe(1)[0], atol=1e-3)
+    assert scale == 1 or not torch.allclose(weight, probe(1e-4, 0)[0], atol=1e-4)
 
 
 def test_linear_probe_finds_a_linear_rule_and_nothing_else():
@@ -98,18 +124,41 @@ def test_table_joins_seeds_and_nothing_else():
                          "script=byol_disc, epochs=5")
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_unlabelled_images_are_left_out(split, monkeypatch):
+    """A third of the images has label -1, as in STL-10; the others' labels stay theirs."""
+    images, seen = draw_shapes(90, seed=3)[0], []
+    images[:, 0, 0, 0] = torch.arange(90, dtype=torch.uint8)            # each is recognisable
+    labels = torch.arange(90) % 3 - 1
+    parts = {"train": (images[:60], labels[:60]), "test": (images[60:], labels[60:])}
+    monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
+    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
+    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
+    linear_eval.evaluate(Encoder(8), args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], split)
+    train_x, train_y, test_x, test_y = seen[0]
+    which = torch.cat([train_x, test_x]).round().flatten().long()
+    assert torch.equal(torch.cat([train_y, test_y]), labels[which]) and train_y.min() == 0
+    expected = range(90 if split == "test" else 60)
+    assert sorted(which.tolist()) == [i for i in expected if i % 3 > 0]
+    assert set(test_x.round().flatten().tolist()) <= set(range(60, 90)) or split == "val"
+
+
 def test_split_val_holds_training_images_out(monkeypatch):
     """A tenth of the training images, never seen by the probe, and no test image at all."""
     images, labels = draw_shapes(200, seed=3)
     images[:, :, 0, 0] = torch.arange(200, dtype=torch.uint8)[:, None]  # each is recognisable
     asked, seen = [], []
-    monkeypatch.setattr(common, "load_images", lambda *_: asked.append(_[2]) or (images, labels))
-    monkeypatch.setitem(common.METRICS, "linear", lambda *data: seen.append(data) or 0.0)
+    monkeypatch.setattr(linear_eval, "load_images",
+                        lambda *_: asked.append(_[2]) or (images, labels))
+    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
     args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
-    encoder = Encoder(4)
-    result = common.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
+    encoder = Encoder(8)
+    result = linear_eval.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
     train_x, train_y, val_x, val_y = seen[0]
     both = torch.cat([train_x, val_x]).round().flatten().long()
     assert asked == ["train"] and result == {"linear": 0.0}
     assert len(val_x) == len(val_y) == 20 and sorted(both.tolist()) == list(range(200))
     assert torch.equal(torch.cat([train_y, val_y]), labels[both])
+    images = images[:9]
+    with pytest.raises(UserError, match="--split val: 9 training images are too few"):
+        linear_eval.evaluate(encoder, args, split="val")

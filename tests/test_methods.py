@@ -1,4 +1,5 @@
 """The four methods against their equations, written again with a separate pass for each view."""
+import inspect
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import combinations
@@ -6,24 +7,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import byol_disc
 import byol_langevin
+import common
 import simclr_disc
 import simclr_langevin
-from common import Discriminator, draw_shapes, nt_xent
+from common import Discriminator, Encoder, draw_shapes, langevin, nt_xent
 
 SCRIPTS = [simclr_langevin, byol_langevin, simclr_disc, byol_disc]
-FLAGS = dict(width=4, emb=8, layers="last", temperature=0.5, use="auxiliary", alpha=0.6, steps=2,
-             step_size=10, noise_std=1.0, noise_unit=0.005, grad_clip=0.01)
+FLAGS = dict(width=8, emb=8, layers="last", temperature=0.3, use="auxiliary", alpha=0.7, steps=2,
+             step_size=7, noise_std=2.0, noise_unit=0.004, grad_clip=0.02)
 
 
 def make(script, **flags):
     """The script's method with a third view of weight 0.5, and random target weights."""
     torch.manual_seed(0)
     args = SimpleNamespace(**{**FLAGS, "coeff": 0.5, **flags})
-    f = Discriminator(4).requires_grad_(False)
+    f = Discriminator(8).requires_grad_(False)
     torch.manual_seed(0)
     return (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f)
 
@@ -35,11 +38,11 @@ def targets(method):
 @pytest.fixture
 def views(monkeypatch):
     """Three known views, which `augment` hands out in turn; `generate` makes nothing of its own."""
-    views = [draw_shapes(16, seed=s)[0] / 255 for s in (3, 4, 5)]
+    views = [draw_shapes(16, seed=s)[0] / (255 * s - 510) for s in (3, 4, 5)]       # each darker
     for script in SCRIPTS:
         queue = list(views)
         monkeypatch.setattr(script, "augment", lambda x, queue=queue: queue.pop(0))
-        monkeypatch.setattr(script, "generate", lambda *_: None, raising=False)
+        monkeypatch.setattr(script, "generate", lambda *_, **__: None, raising=False)
     return views
 
 
@@ -69,7 +72,7 @@ def test_loss_equals_the_equations(script, layers, views):
     def pair(a, b):
         if targets(method):
             return distance(p[a], t[b]) + distance(p[b], t[a])
-        return nt_xent(z[a], z[b], 0.5)
+        return nt_xent(z[a], z[b], 0.3)
 
     pairs = {f"pair{a + 1}{b + 1}": pair(a, b).item() for a, b in combinations(range(3), 2)}
     for name, value in pairs.items():
@@ -77,6 +80,8 @@ def test_loss_equals_the_equations(script, layers, views):
     expected = pairs["pair12"] + 0.5 * (pairs["pair13"] + pairs["pair23"]) / 2
     assert loss.item() == pytest.approx(expected, abs=2e-5)
     assert len({round(value, 4) for value in pairs.values()}) == 3      # no pair is another's
+    spread = [(F.normalize(view)).std(0).mean().item() * 8 ** 0.5 for view in z]
+    assert terms["z_std"].item() == pytest.approx(spread[0], abs=1e-4) != spread[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -143,6 +148,103 @@ def test_each_view_passes_in_a_batch_of_its_own(script, views):
     mean = [convolution((view - 0.5) / 0.25).mean((0, 2, 3)) for view in views]
     assert torch.allclose(norm.running_mean, 0.09 * mean[0] + 0.1 * mean[1], atol=1e-5)
     assert not torch.allclose(norm.running_mean, 0.05 * (mean[0] + mean[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [simclr_langevin, simclr_disc])
+def test_simclrs_projector_sees_both_views_together(script, views):
+    method = make(script, coeff=0)
+    h = torch.cat([method.encoder(view) for view in views[:2]])
+    first = F.linear(h, method.projector[0][0].weight, method.projector[0][0].bias)
+    method(None)
+    norm = method.projector[0][1]
+    assert torch.allclose(norm.running_mean, 0.1 * first.mean(0), atol=1e-5)
+    apart = 0.09 * first[:16].mean(0) + 0.1 * first[16:].mean(0)
+    assert not torch.allclose(norm.running_mean, apart, atol=1e-5)
+    assert norm.num_batches_tracked == method.projector[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_view_is_of_the_batch_itself(script, monkeypatch):
+    """The third of the Langevin scripts is of its chain, begun at the batch, mixed with noise."""
+    x, seen, chains = draw_shapes(16, seed=3)[0], [], []
+    monkeypatch.setattr(script, "augment",
+                        lambda x: seen.append(x) or torch.rand(16, 3, 32, 32))
+
+    def chain(f, start, *given, **named):
+        chains.append((f, start, inspect.signature(langevin).bind(f, start, *given, **named)))
+        return torch.full_like(start, 0.5)
+    monkeypatch.setattr(common, "langevin", chain)
+    method = make(script)
+    method(x)
+    assert len(seen) == 3 and seen[0] is x and seen[1] is x
+    if script in (simclr_disc, byol_disc):
+        assert seen[2] is x and not chains
+        return
+    (f, start, call), = chains
+    assert f is method.f and torch.equal(seen[2], torch.full_like(start, 0.5))
+    assert call.arguments["steps"] == 2 and call.arguments["step_size"] == 7
+    assert call.arguments["noise_std"] == pytest.approx(0.008)
+    assert call.arguments["grad_clip"] == 0.02
+
+    def noise(alpha):
+        return (start - alpha * x / 255) / (1 - alpha)
+    assert -1e-5 < noise(0.7).min() < 0.01 and 0.99 < noise(0.7).max() < 1 + 1e-5
+    assert noise(0.7).std().item() == pytest.approx(12 ** -0.5, abs=0.01)
+    assert noise(0.3).std().item() != pytest.approx(12 ** -0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("script", [byol_langevin, byol_disc])
+@pytest.mark.parametrize("coeff", [0, 0.5])
+def test_each_target_follows_its_online_network(script, coeff):
+    method = make(script, coeff=coeff)
+    names = [name for name, _ in method.named_parameters() if name.startswith("target_")]
+    online = {name: method.get_parameter(name.removeprefix("target_")) for name in names}
+    assert names and all(torch.equal(method.get_parameter(name), online[name]) for name in names)
+    assert {n.split(".")[0] for n in names} == {"target_encoder", "target_projector"} | (
+        {"target_view_projector"} if hasattr(method, "view_projector") else set())
+    for p in method.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    before = deepcopy(method.state_dict())
+    method.update_target(0.75)
+    for name, p in method.named_parameters():
+        expected = before[name]
+        if name in online:
+            expected = 0.75 * expected + 0.25 * before[name.removeprefix("target_")]
+            assert not torch.allclose(p, before[name])
+        assert torch.allclose(p, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_heads_are_the_base_codes(script):
+    """Hidden layers of 1024; a BatchNorm after SimCLR's projectors alone."""
+    method, byol = make(script, emb=24), script in (byol_langevin, byol_disc)
+
+    def widths(head):
+        return [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)]
+    heads = {name: module for name, module in method.named_children()
+             if not isinstance(module, (Encoder, Discriminator))}
+    assert "projector" in heads
+    for head in heads.values():
+        assert widths(head) == [1024, 24]
+        norms = [m.num_features for m in head.modules() if isinstance(m, nn.BatchNorm1d)]
+        assert norms == ([1024] if byol else [1024, 24])
+
+
+DECK = dict(epochs=1000, lr=3e-3, schedule="step", emb=64, width=64, seed=0, subset=0,
+            ebm_iters=4000, dataset="cifar10")
+DISC = dict(coeff=0.1, layers="last")
+LANGEVIN = dict(coeff=0.01, steps=15, step_size=10, noise_std=1.0, noise_unit=0.005,
+                grad_clip=0.01, alpha=0.6, use="auxiliary", view="langevin")
+OF_SIMCLR, OF_BYOL = dict(batch_size=512, temperature=0.5), dict(batch_size=256, tau=0.99)
+
+
+@pytest.mark.parametrize("script, defaults", [
+    (simclr_disc, DISC | OF_SIMCLR), (byol_disc, DISC | OF_BYOL),
+    (simclr_langevin, LANGEVIN | OF_SIMCLR), (byol_langevin, LANGEVIN | OF_BYOL)])
+def test_defaults_are_the_decks(script, defaults, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py"])
+    args = vars(script.parse())
+    assert {flag: args[flag] for flag in DECK | defaults} == DECK | defaults
 
 
 @pytest.mark.parametrize("pair", [(simclr_disc, simclr_langevin), (byol_disc, byol_langevin)])

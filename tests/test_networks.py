@@ -1,13 +1,16 @@
 """Shapes, the encoder against torchvision's ResNet-18, the discriminator's features against f."""
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 
-from common import Discriminator, Encoder, Generator, draw_shapes, in_bf16, mlp, pool
+from common import (Discriminator, Encoder, Generator, augment, autocast, draw_shapes, in_bf16, mlp,
+                    pool)
 
 
 def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
@@ -23,27 +26,47 @@ def test_encoder_is_torchvisions_resnet18_with_the_cifar_stem():
 
 
 def test_widths():
-    assert Encoder(4)(torch.rand(2, 3, 24, 40)).shape == (2, 32)
-    assert Generator(4, z_dim=7)(torch.randn(2, 7)).shape == (2, 3, 32, 32)
+    assert Encoder(8)(torch.rand(2, 3, 24, 40)).shape == (2, 64)
+    assert Generator(8, z_dim=7)(torch.randn(2, 7)).shape == (2, 3, 32, 32)
     kinds = [type(layer) for layer in mlp(3, 5, 2)]
     assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    image = Generator(4)(9 * torch.randn(8, 128))
+    image = Generator(8)(9 * torch.randn(8, 128))
     assert image.min() >= 0 and image.max() <= 1
 
 
 def test_discriminator_features_are_what_f_reads():
-    d, x = Discriminator(4), torch.rand(5, 3, 32, 32)
+    d, x = Discriminator(8), torch.rand(5, 3, 32, 32)
     assert d(x).shape == (5,)
     for layers in ("last", "all"):
         assert d.features(x, layers).shape == (5, d.dims[layers])
     assert torch.allclose(d.linear(d.features(x)).squeeze(1), d(x), atol=1e-6)
-    assert torch.equal(d.features(x, "all")[:, -32:], d.features(x, "last"))
+    assert torch.equal(d.features(x, "all")[:, -64:], d.features(x, "last"))
     widths = [(m.in_channels, m.out_channels) for m in d.modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [(3, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+    assert widths == [(3, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
+
+
+def test_discriminator_layer_by_layer():
+    """Convolutions, LeakyReLU 0.1; means over 2 x 2 pixels before the second and third stage."""
+    d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
+
+    def maps(slope=0.1, pool=F.avg_pool2d):
+        image, made = (x - 0.5) / 0.25, []
+        for i, layer in enumerate(m for m in d.modules() if isinstance(m, nn.Conv2d)):
+            image = pool(image, 2) if i in (2, 4) else image
+            image = F.conv2d(image, layer.weight, layer.bias, padding=1)
+            image = torch.where(image > 0, image, slope * image)
+            made.append(image)
+        return made[1], made[3], made[4]
+
+    for ours, right, *wrong in zip(d.maps(x), maps(), maps(0.2), maps(0.1, F.max_pool2d)):
+        assert torch.allclose(ours, right, atol=1e-4)
+        assert not torch.allclose(ours, wrong[0], atol=1e-2)
+    assert not torch.allclose(ours, wrong[1], atol=1e-2)
+    assert all((m.bias == 0).all() for m in d.modules() if isinstance(m, nn.Conv2d))
 
 
 def test_features_are_mean_and_variance_of_each_channel():
-    d, x = Discriminator(4), torch.rand(2, 3, 32, 32)
+    d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
 
     def expected(variance):
         return torch.cat([torch.tensor([[of(channel.flatten().tolist()) for channel in image]
@@ -52,32 +75,36 @@ def test_features_are_mean_and_variance_of_each_channel():
 
     right, unbiased = expected(statistics.pvariance), expected(statistics.variance)
     assert torch.allclose(d.features(x, "all"), right, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(d.features(x, "last"), right[:, -32:], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(d.features(x, "last"), right[:, -64:], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(d.features(x, "all"), unbiased, rtol=1e-4, atol=1e-6)
     rounded = d.maps(x)[-1].bfloat16()
     assert torch.equal(pool(rounded), pool(rounded.float()))            # in fp32, whatever the map
 
 
-def test_features_are_standardised_over_the_images():
-    d, (images, _) = Discriminator(4), draw_shapes(60, seed=3)
-    raw, energies = d.features(images / 255, "all").detach(), d(images / 255)
-    assert raw.std(0).max() < 0.5                                       # not so by themselves
+def test_features_are_standardised_over_augmented_images():
+    d, (images, _) = Discriminator(8), draw_shapes(60, seed=3)
+    torch.manual_seed(1)
+    views, energies = augment(images), d(images / 255)
+    raw = d.features(views, "all").detach()
+    assert raw.std(0).median() < 0.5                                    # not so by themselves
     d.standardise(draw_shapes(20, seed=4)[0])                           # which leaves no trace
-    assert not torch.allclose(d.features(images / 255).mean(0), torch.zeros(32), atol=1e-3)
+    assert not torch.allclose(d.features(views).mean(0), torch.zeros(64), atol=1e-3)
+    torch.manual_seed(1)
     d.standardise(images)
-    features = d.features(images / 255, "all")
+    features = d.features(views, "all")
     expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
     assert torch.allclose(features, expected, atol=1e-3)
-    assert torch.equal(d.features(images / 255), features[:, -32:])
+    assert torch.equal(d.features(views), features[:, -64:])
     assert torch.equal(d(images / 255), energies)
+    assert (d.features(images / 255).mean(0).abs() > 0.05).any()        # on those as they are, not
 
 
 def test_constant_features_stay_finite():
-    d, images = Discriminator(4), draw_shapes(8, seed=3)[0]
+    d, black = Discriminator(8), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     for _ in range(2):
-        d.standardise(images[:1])
-        assert torch.allclose(d.features(images[:1] / 255), torch.zeros(32), atol=1e-3)
-        assert d.features(images / 255).abs().max() < 1e7
+        d.standardise(black)                                            # black in every view
+        assert torch.allclose(d.features(black / 255), torch.zeros(64), atol=1e-3)
+        assert d.features(draw_shapes(8, seed=3)[0] / 255).abs().max() < 1e7
 
 
 def test_he_initialisation_keeps_the_variance():
@@ -90,11 +117,25 @@ def test_he_initialisation_keeps_the_variance():
     assert d.maps(x)[-1].std().item() < 0.1                             # PyTorch's own start
 
 
-@pytest.mark.parametrize("name, has, auto", [
-    ("AMD EPYC", ["avx512_bf16"], True), ("AMD EPYC", [], False),
-    ("Intel Xeon", ["avx512_bf16"], False), ("Intel Xeon", ["avx512_bf16", "amx_bf16"], True)])
-def test_precision_auto_is_what_the_cpu_is_fast_in(name, has, auto, monkeypatch):
-    cpu = {"cpu_name": name, **dict.fromkeys(has, True)}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+@pytest.mark.parametrize("vendor, has, used, auto", [
+    ("AuthenticAMD", ["avx512_bf16"], "AVX512", True), ("AuthenticAMD", [], "AVX512", False),
+    ("AuthenticAMD", ["avx512_bf16"], "AVX2", False), ("GenuineIntel", [], "AVX2", False),
+    ("GenuineIntel", ["avx512_bf16"], "AVX512", False),
+    ("GenuineIntel", ["avx512_bf16", "amx_tile"], "AVX512", True)])
+def test_precision_auto_is_what_the_cpu_is_fast_in(vendor, has, used, auto, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id : {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    for feature in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda f=feature: f in has)
     for precision, expected in [("auto", auto), ("bf16", True), ("fp32", False)]:
         assert in_bf16(SimpleNamespace(device="cpu", precision=precision)) == expected
+
+
+def test_mps_is_fp32_and_asks_no_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: 1 / 0)
+    args = SimpleNamespace(device="mps", precision="auto")
+    assert in_bf16(args) is False
+    with autocast(args):
+        assert not torch.is_autocast_enabled("mps")
+    with pytest.raises(ZeroDivisionError):
+        in_bf16(SimpleNamespace(device="cpu", precision="auto"))

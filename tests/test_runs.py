@@ -156,7 +156,7 @@ def stopped(tmp_path):
     def go_on(data_dir, **kwargs):
         return processes.run("byol_disc", tmp_path, *flags, "--data-dir", str(data_dir), **kwargs)
 
-    assert go_on("images", moment=5) == -9                  # config, origin, epoch, checkpoint; epoch
+    assert go_on("images", moment=5) == -9                  # before the fifth file or line
     assert log_of(tmp_path) == [None, 1]
     return tmp_path, go_on
 

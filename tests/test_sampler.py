@@ -47,8 +47,8 @@ def test_noise_alone_and_no_step():
 
 
 def test_f_is_untouched_and_the_sample_detached():
-    f = Discriminator(4)
-    f.stages[0].insert(1, nn.BatchNorm2d(4))
+    f = Discriminator(8)
+    f.stages[0].insert(1, nn.BatchNorm2d(8))
     f.eval()
     before = {name: value.clone() for name, value in f.state_dict().items()}
     with torch.no_grad():                                           # the caller's

@@ -1,0 +1,84 @@
+"""--compile: the same losses, weights of the same names. Most of it without the C++ code generator,
+which takes minutes over an encoder on a CPU: TorchDynamo and the compiled backward passes are real.
+"""
+import shutil
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import byol_disc
+import byol_langevin
+import simclr_disc
+import simclr_langevin
+from common import Discriminator, Encoder, compiled, draw_shapes, langevin, make_parser
+from linear_eval import extract_features
+from test_methods import make
+
+YES, NO = SimpleNamespace(compile=True), SimpleNamespace(compile=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def losses(method):
+    """The losses of three steps of plain gradient descent, and the encoder's mean feature."""
+    x = draw_shapes(8, seed=3)[0]
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD((p for p in method.parameters() if p.requires_grad), 1e-2)
+    rows = []
+    for _ in range(3):
+        loss, _ = method(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(method, "update_target"):
+            method.update_target(0.9)
+        rows.append(loss.item())
+    return [*rows, extract_features(method.encoder, x).mean().item()]
+
+
+@pytest.mark.parametrize("script, graphs", [
+    (simclr_disc, 3), (byol_disc, 4),   # encoder in train and evaluation mode, its target, D;
+    (simclr_langevin, 4), (byol_langevin, 6)])          # both once more for a generated view
+def test_losses_are_those_without(script, graphs, monkeypatch):
+    plain = make(script)
+    expected, names = losses(plain), list(plain.state_dict())
+    assert counters["stats"]["unique_graphs"] == 0
+    losses(compiled(make(script), NO))
+    assert counters["stats"]["unique_graphs"] == 0                      # a control
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    method = compiled(make(script), YES)
+    assert losses(method) == pytest.approx(expected, abs=1e-3)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert list(method.state_dict()) == names                           # no prefix of a wrapper
+    method.load_state_dict(plain.state_dict())
+    copy = deepcopy(method.encoder)
+    assert isinstance(copy, Encoder) and copy._compiled_call_impl is None
+    assert len({round(value, 3) for value in expected}) == 4            # each step changes the loss
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_chain_is_that_without():
+    """f itself, by the code generator."""
+    method = torch.nn.Module()
+    method.f = Discriminator(8).requires_grad_(False)
+    x = torch.rand(4, 3, 32, 32)
+    expected = langevin(method.f, x, 3, 10, 0.0)
+    assert (expected - x).abs().max() > 1e-3
+    compiled(method, YES)
+    assert torch.allclose(langevin(method.f, x, 3, 10, 0.0), expected, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_it_is_off_by_default():
+    parse = make_parser("x").parse_args
+    assert parse([]).compile is False and parse(["--compile"]).compile is True

@@ -1,0 +1,175 @@
+"""The four programs against a plain PyTorch loop written here: the same weights, bit for bit.
+
+Two epochs of six steps, at the last of which the learning rate drops. The method's own `forward`
+is tested in test_methods.py.
+"""
+import inspect
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import byol_disc
+import byol_langevin
+import common
+import linear_eval
+import simclr_disc
+import simclr_langevin
+from common import Encoder, draw_shapes, langevin, load_ebm, seed_of
+from linear_eval import extract_features
+
+CHAIN = dict(steps=6, step_size=7.0, noise_std=2 * 0.004, grad_clip=1e-4)
+FLAGS = ("--dataset synthetic --subset 51 --width 8 --emb 8 --batch-size 8 --epochs 2 --seed 3 "
+         "--lr 0.01 --precision fp32 --ebm ebm.pt --ebm-iters 0 --run-dir run").split()
+LANGEVIN = ("--alpha 0.7 --steps 6 --step-size 7 --noise-std 2 --noise-unit 0.004 "
+            "--grad-clip 0.0001").split()
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Set the command line, in a directory of its own; returns the flags and the 51 images."""
+    shapes = {n: draw_shapes(n // 25, seed) for n, seed in [(5000, 0), (1000, 1)]}
+    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: shapes[n])
+    monkeypatch.setitem(linear_eval.METRICS, "linear", fingerprint)
+    monkeypatch.chdir(tmp_path)
+    common.load_images.cache_clear()
+
+    def prepare(script, flags):
+        langevin_flags = LANGEVIN if script in (simclr_langevin, byol_langevin) else []
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *FLAGS, *langevin_flags,
+                                          *flags.split()])
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+        return script.parse(), shapes[5000][0][order[:51]]
+    yield prepare
+    common.load_images.cache_clear()
+
+
+def fingerprint(train_x, train_y, test_x, test_y):
+    """Instead of the probe: it tells any two encoders apart."""
+    return (train_x.double() * train_y[:, None]).mean().item() + test_x.double().mean().item()
+
+
+def lr_at(step, args):
+    """After a warm-up of one step."""
+    if args.schedule == "cosine":
+        return args.lr * ((1 + math.cos(math.pi * max(0, step - 1) / 11)) / 2)
+    return args.lr * (0.2 if step == 11 else 1)
+
+
+def train(script, args, images, f, epochs=2, fault=None):
+    """The run written plainly, or with one fault: (method, optimizer, the means of each epoch)."""
+    torch.manual_seed(args.seed)
+    method = (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f)
+    online = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(online, weight_decay=1e-6, fused=True)
+    per_epoch, means = len(images) // args.batch_size, []
+    for epoch in range(1, epochs + 1):
+        torch.manual_seed(seed_of(args.seed, epoch, 0))
+        shuffled = torch.Generator().manual_seed(seed_of(args.seed, epoch))
+        order, rows = torch.randperm(len(images), generator=shuffled), []
+        if fault == "not shuffled":
+            order = torch.arange(len(images))
+        for i in range(per_epoch):
+            step = (epoch - 1) * per_epoch + i
+            optimizer.param_groups[0]["lr"] = args.lr if fault == "no schedule" else (
+                lr_at(step, args))
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+                loss, terms = method(images[order[i * args.batch_size:(i + 1) * args.batch_size]])
+            for p in online if fault != "gradients kept" else []:
+                p.grad = None
+            loss.backward()
+            optimizer.step()
+            done = step if fault == "tau a step late" else step + 1
+            if hasattr(script, "BYOL") and fault != "no update_target":
+                tau = 1 - (1 - args.tau) * (math.cos(math.pi * done / (2 * per_epoch)) + 1) / 2
+                for name, module in method.named_children():
+                    for target, p in zip(module.parameters(), getattr(
+                            method, name.removeprefix("target_")).parameters()):
+                        if name.startswith("target_"):
+                            target.data.lerp_(p.data, 1 - tau)
+            rows.append({"loss": loss.item(), **{k: v.item() for k, v in terms.items()}})
+        means.append({name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+    return method, optimizer, means
+
+
+def same(saved, method):
+    """Whether a checkpoint has the method's weights, of all networks that learn or follow."""
+    learned = {name: value for name, value in method.state_dict().items()
+               if name.split(".")[0] not in ("f", "discriminator")}
+    assert learned.keys() <= saved["model"].keys()
+    return all(torch.equal(value, saved["model"][name]) for name, value in learned.items())
+
+
+RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3"),
+        (simclr_disc, "--coeff 0 --schedule cosine --precision bf16"),
+        (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --precision bf16"),
+        (simclr_langevin, "--coeff 0.5 --temperature 0.3 --steps 2 --precision bf16"),
+        (byol_langevin, "--coeff 0.5 --tau 0.9 --schedule cosine --steps 2"),
+        (byol_langevin, "--coeff 0.5 --view augment --precision bf16")]
+
+
+@pytest.mark.parametrize("script, flags", RUNS, ids=[f"{s.__name__} {f}" for s, f in RUNS])
+def test_a_run_is_a_plain_loop(script, flags, program):
+    args, images = program(script, flags)
+    script.main()
+    needs_ebm = args.coeff > 0 and "--view" not in flags
+    assert needs_ebm == Path("ebm.pt").exists()
+    f = load_ebm("ebm.pt", "cpu") if needs_ebm else None
+    method, optimizer, means = train(script, args, images, f)
+
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    assert same(saved, method) and saved["done"] == 2
+    for name in ("weight_decay", "betas", "eps", "amsgrad", "maximize"):
+        assert saved["optimizer"]["param_groups"][0][name] == optimizer.param_groups[0][name]
+    for ours, plain in zip(saved["optimizer"]["state"].values(), optimizer.state.values()):
+        assert torch.equal(ours["exp_avg"], plain["exp_avg"])
+
+    rows = [row for row in map(json.loads, open("run/log.jsonl")) if "epoch" in row]
+    for i, (row, expected) in enumerate(zip(rows, means)):
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert row["lr"] == pytest.approx(lr_at(6 * i, args)) and row["epoch"] == i + 1
+    result = json.loads(open("run/eval.json").read())
+    torch.manual_seed(args.seed)
+    for values, encoder in [(result, method.encoder), (result["untrained"], Encoder(8))]:
+        (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            expected = fingerprint(extract_features(encoder, x), y,
+                                   extract_features(encoder, test_x), test_y)
+        assert values["linear"] == pytest.approx(expected, rel=1e-4)
+    assert result["linear"] != pytest.approx(result["untrained"]["linear"], rel=1e-2)
+
+
+def test_faults_of_a_loop_are_noticed(program):
+    args, images = program(byol_disc, "--coeff 0.5 --tau 0.9 --schedule cosine")
+    f = common.get_ebm(images, args)
+    expected = train(byol_disc, args, images, f, 1)[2][0]
+    assert train(byol_disc, args, images, f, 1)[2][0] == expected
+    for fault in ["not shuffled", "no schedule", "gradients kept", "no update_target",
+                  "tau a step late"]:
+        assert train(byol_disc, args, images, f, 1, fault)[2][0] != expected, fault
+
+
+@pytest.mark.parametrize("script", [simclr_langevin, byol_langevin])
+def test_generated_images_join_the_others(script, program, monkeypatch):
+    """--use dataset; every chain of the run, that of the picture too, has the flags' settings."""
+    args, images = program(script, "--use dataset --batch-size 16")
+    f, calls = common.get_ebm(images, args), []
+
+    def recorded(*given, **named):
+        calls.append(inspect.signature(langevin).bind(*given, **named).arguments)
+        return langevin(*given, **named)
+    monkeypatch.setattr(common, "langevin", recorded)
+    script.main()
+    assert [call["steps"] for call in calls] == [0, 5, 1, 6]            # marks of the picture; all
+    for call in calls:
+        assert {**CHAIN, "steps": call["steps"]} == pytest.approx(
+            {name: call[name] for name in CHAIN})
+
+    torch.manual_seed(args.seed)
+    start = 0.7 * (images / 255) + (1 - 0.7) * torch.rand(images.shape)
+    made = (langevin(f, start, **CHAIN) * 255).round().byte()
+    method, _, _ = train(script, args, torch.cat([images, made]), f)
+    assert same(torch.load("run/checkpoint.pt", weights_only=True), method)

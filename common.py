@@ -413,7 +413,8 @@ class Discriminator(nn.Module):
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
     the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw features.
+    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw
+    features.
     """
 
     def __init__(self, width=64):
@@ -1136,7 +1137,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
     votes weighted exp(s / temperature) (arXiv:1805.01978).
     """
-    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, 0
+    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, []
     if temperature:
         train_x, test_x = F.normalize(train_x), F.normalize(test_x)
     for x, y in zip(test_x.split(500), test_y.split(500)):
@@ -1144,8 +1145,8 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
         near, index = near.topk(k)                                                 # (500, k)
         weight = (near / temperature).exp() if temperature else torch.ones_like(near)
         votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
-        correct += (votes.argmax(1) == y).sum().item()
-    return 100 * correct / len(test_x)
+        correct.append(votes.argmax(1) == y)
+    return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
 def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
@@ -1156,8 +1157,9 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
+    orders = [torch.randperm(len(train_x), generator=shuffled, dtype=torch.int32)
+              for _ in range(epochs)]
+    for order in torch.stack(orders).to(train_x.device):                           # one copy
         for index in order.split(1000):
             loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
             optimizer.zero_grad()

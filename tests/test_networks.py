@@ -45,7 +45,7 @@ def test_discriminator_features_are_what_f_reads():
 
 
 def test_discriminator_layer_by_layer():
-    """Convolutions with LeakyReLU 0.1, a mean over 2 x 2 pixels before the second and third stage."""
+    """Convolutions with LeakyReLU 0.1, a mean over 2 x 2 pixels before the later two stages."""
     d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
 
     def maps(slope=0.1, pool=F.avg_pool2d):

@@ -1115,6 +1115,17 @@ def mean_of(rows, ranks=1):
 # --- Evaluation: frozen features, once, in evaluation mode -----------------------------------
 
 
+@contextmanager
+def without_tf32():
+    """Exact fp32 products: TF32's would change a quarter of the nearest neighbours."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def extract_features(encoder, images, encode=None):
     """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W), uint8 or in [0, 1].
@@ -1131,6 +1142,7 @@ def extract_features(encoder, images, encode=None):
     return torch.cat(features)
 
 
+@without_tf32()
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
 

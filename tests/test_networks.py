@@ -116,6 +116,18 @@ def test_he_initialisation_keeps_the_variance():
     assert d.maps(x)[-1].std().item() < 0.1                             # PyTorch's own start
 
 
+def test_initial_spread_of_the_weights():
+    """Encoder: He's for the gradients, as torchvision's ResNet; generator: DCGAN's 0.02."""
+    for network, std_of in [(Encoder(16), lambda w: (2 / (w.shape[0] * w.shape[2] ** 2)) ** 0.5),
+                            (Generator(16), lambda w: 0.02)]:
+        weights = [m.weight for m in network.modules()
+                   if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        assert len(weights) in (20, 4)
+        for weight in weights:
+            assert weight.std().item() == pytest.approx(std_of(weight), rel=0.2)
+            assert weight.std().item() != pytest.approx(1.4 * std_of(weight), rel=0.15)
+
+
 @pytest.mark.parametrize("name, has, auto", [
     ("AMD EPYC", ["avx512_bf16"], True), ("AMD EPYC", [], False),
     ("Intel Xeon", ["avx512_bf16"], False), ("Intel Xeon", ["avx512_bf16", "amx_bf16"], True)])

@@ -9,6 +9,7 @@ probe learns from the labels of all training images, whatever --subset. Runs tha
 seed, or their EBM, alone share a row: mean, standard deviation and number of runs.
 """
 import argparse
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,6 +23,17 @@ from common import (NOT_IDENTITY, Discriminator, Encoder, Parser, UserError, aut
                     show, standardise, training_images, write_json)
 
 # --- Frozen features and what can be read from them ------------------------------------------
+
+
+@contextmanager
+def without_tf32():
+    """Exact fp32 products: TF32's would change a quarter of the nearest neighbours."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -40,13 +52,14 @@ def extract_features(encoder, images, encode=None):
     return torch.cat(features)
 
 
+@without_tf32()
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
 
     By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
     votes weighted exp(s / temperature) (arXiv:1805.01978).
     """
-    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, 0
+    k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, []
     if temperature:
         train_x, test_x = F.normalize(train_x), F.normalize(test_x)
     for x, y in zip(test_x.split(500), test_y.split(500)):
@@ -54,8 +67,8 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
         near, index = near.topk(k)                                                 # (500, k)
         weight = (near / temperature).exp() if temperature else torch.ones_like(near)
         votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
-        correct += (votes.argmax(1) == y).sum().item()
-    return 100 * correct / len(test_x)
+        correct.append(votes.argmax(1) == y)
+    return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
 def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
@@ -66,8 +79,9 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
+    orders = [torch.randperm(len(train_x), generator=shuffled, dtype=torch.int32)
+              for _ in range(epochs)]
+    for order in torch.stack(orders).to(train_x.device):                           # one copy
         for index in order.split(1000):
             loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
             optimizer.zero_grad()

@@ -4,6 +4,7 @@ import torch
 import torchvision.transforms.v2 as T
 from torchvision.transforms.v2 import functional as TF
 
+import common
 from common import augment, color_jitter, draw_shapes, luminance, resampling, shift_hue
 
 REFERENCE = T.Compose([
@@ -91,6 +92,27 @@ def test_distribution_equals_torchvision():
     assert distance(ours["zoom"], weak["zoom"]) > limit
     assert distance(ours["flipped"], weak["flipped"]) > limit
     assert theirs["gray"].mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_jitter_is_drawn_as_torchvision_draws_it(monkeypatch):
+    """With probability 0.8; each order of the three and each place of the hue alike often."""
+    drawn, n = [], 4000
+    monkeypatch.setattr(common, "color_jitter", lambda x, *drawn_now: drawn.append(drawn_now) or x)
+    augment(torch.rand(n, 3, 8, 8))
+    factors, shift, order, hue_place = drawn[0]
+    jittered = (factors != 1).any(1)
+    assert torch.equal(jittered, shift != 0)
+    limit = 0.03                                        # four standard deviations or more
+    assert jittered.float().mean().item() == pytest.approx(0.8, abs=limit)
+    for values, low, high in [*((column, 0.6, 1.4) for column in factors[jittered].T),
+                              (shift[jittered], -0.1, 0.1)]:
+        uniform = torch.linspace(low, high, 3001)
+        assert low <= values.min() and values.max() <= high and distance(values, uniform) < 0.05
+        assert distance(values, 0.8 * uniform + 0.2 * uniform.mean()) > 0.05
+    assert (order.sort(1).values == torch.arange(3)).all()
+    for kinds, count in [(order @ torch.tensor([9, 3, 1]), 6), (hue_place, 4)]:
+        shares = kinds.unique(return_counts=True)[1] / n
+        assert len(shares) == count and (shares - 1 / count).abs().max() < limit
 
 
 def test_every_image_draws_its_own_parameters():

@@ -105,8 +105,8 @@ def same(saved, method):
 
 RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3"),
         (simclr_disc, "--coeff 0 --schedule cosine --precision bf16"),
-        (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --precision bf16"),
-        (simclr_langevin, "--coeff 0.5 --temperature 0.3 --steps 2 --precision bf16"),
+        (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --schedule cosine --precision bf16"),
+        (simclr_langevin, "--coeff 0.5 --steps 2 --schedule cosine --precision bf16"),
         (byol_langevin, "--coeff 0.5 --tau 0.9 --schedule cosine --steps 2"),
         (byol_langevin, "--coeff 0.5 --view augment --precision bf16")]
 

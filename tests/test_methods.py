@@ -255,7 +255,7 @@ def test_coeff_0_is_one_baseline_without_a_third_view(pair):
         torch.manual_seed(2)
         loss, terms = method(x)
         assert torch.equal(loss, terms["pair12"]) and set(terms) == {"pair12", "z_std"}
-        losses.append(loss.item())
+        losses.append((loss.item(), terms["z_std"].item()))
         with_view = dict(make(script).named_parameters())               # it starts alike
         assert all(torch.equal(p, with_view[name]) for name, p in method.named_parameters())
     assert losses[0] == losses[1]

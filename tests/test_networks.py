@@ -46,7 +46,7 @@ def test_discriminator_features_are_what_f_reads():
 
 
 def test_discriminator_layer_by_layer():
-    """Convolutions, LeakyReLU 0.1; means over 2 x 2 pixels before the second and third stage."""
+    """Convolutions with LeakyReLU 0.1, a mean over 2 x 2 pixels before the later two stages."""
     d, x = Discriminator(8), torch.rand(2, 3, 32, 32)
 
     def maps(slope=0.1, pool=F.avg_pool2d):
@@ -115,6 +115,18 @@ def test_he_initialisation_keeps_the_variance():
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
     assert d.maps(x)[-1].std().item() < 0.1                             # PyTorch's own start
+
+
+def test_initial_spread_of_the_weights():
+    """Encoder: He's for the gradients, as torchvision's ResNet; generator: DCGAN's 0.02."""
+    for network, std_of in [(Encoder(16), lambda w: (2 / (w.shape[0] * w.shape[2] ** 2)) ** 0.5),
+                            (Generator(16), lambda w: 0.02)]:
+        weights = [m.weight for m in network.modules()
+                   if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        assert len(weights) in (20, 4)
+        for weight in weights:
+            assert weight.std().item() == pytest.approx(std_of(weight), rel=0.2)
+            assert weight.std().item() != pytest.approx(1.4 * std_of(weight), rel=0.15)
 
 
 @pytest.mark.parametrize("vendor, has, used, auto", [

@@ -1,0 +1,181 @@
+"""No step copies from the host or waits for the device: counted on fake CUDA tensors, on any CPU.
+
+FakeTensorMode computes shapes and devices alone. The forward passes, losses, optimizers and moving
+averages run through it as they are. Backward passes cannot: the autograd engine asks for the
+streams of a real device. So `backward` and `torch.autograd.grad` are stubs that give zeros, and
+what autograd does on the way back, which is PyTorch's own, is not seen.
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import byol_disc
+import byol_langevin
+import common
+import simclr_disc
+import simclr_langevin
+from common import Discriminator, Encoder, augment, langevin, lr_factor, target_tau
+from linear_eval import extract_features, knn_accuracy, linear_accuracy
+from test_methods import make
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or hasattr(torch._C, "_ensureCUDADeviceGuardSet")),
+    reason="this torch cannot index fake CUDA tensors without a driver")
+aten = torch.ops.aten
+WAITS = {aten.nonzero, aten.equal, aten.masked_select}
+
+
+class Count(TorchDispatchMode):
+    """Note copies between the host and the device, and what makes the host wait for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        kinds = {x.device.type for x in tensors if x.dim() > 0}
+        to = (kwargs or {}).get("device")
+        moved = to is not None and tensors and {torch.device(to).type} != {
+            x.device.type for x in tensors}
+        if function.overloadpacket is aten._local_scalar_dense:
+            self.seen += ["item"] if tensors[0].is_cuda else []
+            return 1                                                    # of no account
+        by_mask = function.overloadpacket in (aten.index, aten.index_put_) and any(
+            x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]) if x is not None)
+        if moved or len(kinds) > 1 or by_mask or function.overloadpacket in WAITS:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def to(module, device=None, **_):
+    """Module.to, which cannot move fake parameters: put others in their place."""
+    for part in module.modules() if device else []:
+        for name, p in part.named_parameters(recurse=False):
+            moved = torch.zeros(p.shape, device=device)
+            setattr(part, name, torch.nn.Parameter(moved, requires_grad=p.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+    return module
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device of fake tensors; autograd gives zeros to the parameters handed to this."""
+    def backward(loss, *_, **__):
+        for p in learning:
+            p.grad = torch.zeros_like(p)
+
+    def register(parameters):
+        learning[:] = [p for p in parameters if p.requires_grad]
+        return learning
+    learning = []
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", lambda of, at, **_: [torch.zeros_like(at)])
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield register
+
+
+def counted(function, *args, **named):
+    with Count() as count:
+        function(*args, **named)
+    return count.seen
+
+
+def images(n=16):
+    return torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
+
+
+def labels(n):
+    return torch.zeros(n, dtype=torch.int64, device="cuda")
+
+
+def steps(script, cuda, **flags):
+    """A function that makes the next step of the script's loop, its batch included."""
+    with unset_fake_temporarily():                      # deepcopy cannot copy fake parameters
+        model = make(script, **flags)
+    model.to("cuda")
+    optimizer = torch.optim.Adam(cuda(model.parameters()), lr=3e-3, weight_decay=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 100))
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), epoch=1, rows=[])
+    batches = common.Run.batches(run, images(64))
+
+    def step():
+        loss, terms = model(next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if hasattr(model, "update_target"):
+            model.update_target(target_tau(0.99, run.step / 100))
+        common.Run.log(run, loss=loss, **terms)
+    return step
+
+
+@pytest.mark.parametrize("script, flags", [
+    *[(script, {"coeff": 0}) for script in (simclr_disc, byol_disc)],
+    *[(script, {"layers": layers}) for script in (simclr_disc, byol_disc)
+      for layers in ("last", "all")],
+    (simclr_langevin, {}), (byol_langevin, {})])
+def test_a_training_step(script, flags, cuda):
+    step = steps(script, cuda, **flags)
+    step()                                              # copies the order of the epoch's batches
+    assert counted(step) == []
+
+
+def objectives():
+    actions = common.make_parser("x")._actions
+    return next(action.choices for action in actions if action.dest == "ebm_objective")
+
+
+@pytest.mark.parametrize("objective", objectives())
+@pytest.mark.parametrize("rotation", [0, 1.0])
+def test_an_ebm_step(objective, rotation, cuda):
+    args = SimpleNamespace(width=8, device="cuda", ebm_objective=objective)
+    state = common.ebm_networks(args)
+    cuda(p for part in state.values() if isinstance(part, torch.nn.Module)
+         for p in part.parameters())
+    step, x = getattr(common, f"{objective}_step"), torch.rand(8, 3, 32, 32, device="cuda")
+    step(x, rotation, **state)
+    assert counted(step, x, rotation, **state) == []
+
+
+def test_augmentation_and_sampler(cuda):
+    f, x = Discriminator(8).to("cuda"), torch.rand(4, 3, 32, 32, device="cuda")
+    assert counted(augment, images()) == counted(augment, x) == []
+    assert counted(langevin, f, x, 3, 10, 0.005) == []
+
+
+def test_evaluation_waits_once(cuda):
+    """Each metric for the number of classes and for its result, and one copy of the probe's order;
+    however many batches and epochs."""
+    assert counted(extract_features, Encoder(8).to("cuda"), images(600)) == []
+    x = torch.rand(1200, 6, device="cuda")
+    for temperature in (None, 0.1):
+        knn = counted(knn_accuracy, x, labels(1200), x, labels(1200), 5, temperature)
+        assert knn == ["item", "item"]
+    for epochs in (2, 3):
+        cuda(())
+        probe = counted(linear_accuracy, x, labels(1200), x[:9], labels(9), epochs=epochs)
+        assert sorted(probe) == ["aten._to_copy.default", "item", "item"]
+
+
+@pytest.mark.parametrize("fault, name", [
+    (lambda x: x.new_tensor([0.3, 0.6]), "aten._to_copy.default"),
+    (lambda x: torch.tensor([0.3, 0.6], device="cuda"), "aten._to_copy.default"),
+    (lambda x: x.copy_(torch.zeros(2, 3)), "aten.copy_.default"),
+    (lambda x: x[torch.tensor([0, 1])], "aten.index.Tensor"),
+    (lambda x: x[[0, 1]], "aten._to_copy.default"), (lambda x: x.cpu(), "aten._to_copy.default"),
+    (lambda x: x.sum().item(), "item"), (lambda x: bool(x.sum() > 0), "item")])
+def test_faults_are_noticed(fault, name, cuda, monkeypatch):
+    x = torch.rand(2, 3, device="cuda")
+    assert counted(fault, x) == [name]
+    real = common.luminance
+    monkeypatch.setattr(common, "luminance",
+                        lambda x: (fault(x[:2, :, 0, 0].clone()), real(x))[1])
+    assert name in counted(augment, images())

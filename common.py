@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 import torchvision
 from PIL import Image, ImageOps
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
@@ -89,9 +91,10 @@ def make_parser(doc, training=True):
         help="its file, made if missing; empty: in runs/, by its flags and --seed")
     add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
-    add("--ebm-objective", choices=["ade", "cd"], default="ade",
-        help="f's negatives: ade, adversarial dynamics embedding: a generator's images, refined "
-             "by five Langevin steps; cd, contrastive divergence: chains from a replay buffer")
+    add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
+        help="f's negatives: gan, a generator's images after five Langevin steps; ade, adversarial "
+             "dynamics embedding: after 30 steps of learned size, with momentum; cd, contrastive "
+             "divergence: chains from a replay buffer")
     add("--ebm-rotation", type=number(float, 0), default=0,
         help="weight of a rotation loss of the discriminator, 0.2 of it of the generator; 0: none")
     if not training:
@@ -111,6 +114,7 @@ def make_parser(doc, training=True):
 SMOKE = dict(dataset="synthetic", subset=4000, width=16, epochs=10, batch_size=64,
              schedule="cosine", ebm_iters=50)
 NEUTRAL = {"run_dir", "device", "eval_every"}             # no part of what a run is
+VERSION = 2                                               # without one, ade was what gan is now
 
 
 def parse_flags(parser, argv=None):
@@ -122,7 +126,7 @@ def parse_flags(parser, argv=None):
     differing = [f"{flag}={Path(value).stem if flag in ('data_dir', 'ebm') else value}"
                  for flag, value in vars(args).items()
                  if flag not in NEUTRAL and value != parser.get_default(flag)]
-    args.script = Path(parser.prog).stem
+    args.script, args.version = Path(parser.prog).stem, VERSION
     data = args.dataset if args.dataset != "folder" else Path(args.data_dir).stem
     data += f"-{args.subset}" if args.subset else ""
     if "run_dir" in args:
@@ -485,6 +489,24 @@ class Generator(nn.Module):
         return self.net(z[:, :, None, None])
 
 
+class NoisyGenerator(Generator):
+    """ADE's: `start(z)` -> x_0 = mu(z) + sigma(z) N(0, 1) and log sigma(z), (B, 3, 32, 32) each.
+
+    mu, the generator's image, in [0, 1], and sigma, up to 1e-3 in units of [-1, 1], are branches
+    from one 4x4 map. `eps` is the step size of `adversarial_dynamics`, learned with them.
+    """
+
+    def __init__(self, width=64, z_dim=128):
+        super().__init__(width, z_dim)
+        self.sigma = Generator(width, z_dim).net[3:]
+        self.eps = nn.Parameter(torch.full((3, 32, 32), 10.0))
+
+    def start(self, z):
+        map_4x4 = self.net[:3](z[:, :, None, None])
+        mu, sigma = self.net[3:](map_4x4).float(), 1e-3 * self.sigma(map_4x4).float()
+        return mu + sigma / 2 * torch.randn_like(mu), (sigma + 1e-6).log()
+
+
 @contextmanager
 def batch_statistics(module):
     """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
@@ -520,6 +542,28 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
         step = step_size * gradient.clamp(-grad_clip, grad_clip)
         x = (x.detach() + step + noise_std * torch.randn_like(x)).clamp(0, 1)
     return x
+
+
+def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
+    """ADE's sampler, differentiable in x, p and eps (arXiv:1904.12083, as in its authors' code).
+
+    On q = 2 x - 1, in [-1, 1], with g(q) = clip(grad_q f, +-grad_clip), held constant:
+
+        p <- p / 2 + eps / 2 * g(q)                                      half a step, then
+        q <- clip(q + p, +-1),  p <- p / 2 + eps * g(q)                  `steps` times,
+
+    of whose last p takes eps / 2. f: (B, 3, H, W) in [0, 1] -> (B,); x in [0, 1], p (B, 3, H, W);
+    eps (3, H, W). Returns the last x, in [0, 1], and p. The graph holds no activation of f.
+    """
+    q = 2 * x - 1
+    for step in range(steps + 1):
+        q = (q + p).clamp(-1, 1) if step else q
+        with torch.enable_grad():
+            at = q.detach().requires_grad_()
+            gradient, = torch.autograd.grad(f((at + 1) / 2).sum(), at)
+        size = eps if 0 < step < steps else eps / 2
+        p = p / 2 + size * gradient.clamp(-grad_clip, grad_clip)
+    return (q + 1) / 2, p
 
 
 def langevin_flags(args):
@@ -604,7 +648,7 @@ def ema_update(target, online, tau):
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
-EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
+EBM_LR = {"gan": (1e-3, 2e-4), "ade": (1e-4, 1e-4), "cd": (1e-3, 0)}     # of D and of G
 BLOCK = 100                                         # iterations between log lines and checkpoints
 
 
@@ -617,27 +661,51 @@ class ReplayBuffer(nn.Module):
 
 
 def ebm_networks(args):
-    """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`.
+    """{name: module or optimizer}, the names being the parameters of the objective's step.
 
     Adam's second beta bounds a step of a weight at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is
-    32 lr, and such steps were seen to destroy f (README, "The energy-based model").
+    32 lr, and such steps were seen to destroy f (README, "The energy-based model"). `ade` has its
+    authors' 0.999, where spectral norm bounds f.
     """
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.9), fused=True)
-    d = Discriminator(args.width).to(args.device)
-    state = {"d": d, "optimizer_d": adam(d.parameters(), EBM_LR[0])}
+    lr_d, lr_g = EBM_LR[args.ebm_objective]
+    ade = args.ebm_objective == "ade"
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.999 if ade else 0.9), fused=True)
+    d = Discriminator(args.width)
+    for layer in [*d.stages.modules(), d.linear] if ade else []:
+        if hasattr(layer, "weight"):
+            spectral_norm(layer)
+    state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
     if args.ebm_objective == "cd":
         return {**state, "replay": ReplayBuffer().to(args.device)}
-    g = Generator(args.width).to(args.device)
-    return {**state, "g": g, "optimizer_g": adam(g.parameters(), EBM_LR[1])}
+    g = (NoisyGenerator if ade else Generator)(args.width).to(args.device)
+    return {**state, "g": g, "optimizer_g": adam(g.parameters(), lr_g)}
 
 
-def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
-    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
+@contextmanager
+def normalised(d):
+    """Within, d's weights are those that spectral norm makes of them now, once and in fp32."""
+    with parametrize.cached():
+        with torch.autocast(d.linear.bias.device.type, enabled=False):
+            for layer in d.modules():
+                getattr(layer, "weight", None)                      # one power iteration
+        yield
+
+
+def bake(d):
+    """d, which keeps for good the weights that spectral norm makes of its own, if it has it."""
+    for layer in d.eval().modules():                                # eval: no power iteration
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    return d
+
+
+def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of a logistic GAN on images x (B, 3, 32, 32), its samples refined by the sampler.
 
     x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
-    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`. G climbs
-    f(x_s), its gradient passing straight through the steps, which are additive; and it descends 0.2
-    of the rotation loss. Returns the meters.
+    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`, gradient
+    penalties among them. G climbs f(x_s), its gradient passing straight through the steps, which
+    are additive. Returns the meters.
     """
     b = len(x)
     x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
@@ -645,17 +713,28 @@ def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
     x_s = langevin(d, x_0, steps=5, **EBM_LANGEVIN)
     meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
                                 rotation_weight, d, optimizer_d)
-
-    d.requires_grad_(False)
     x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
-    loss = -d(x_s).float().mean()
-    if rotation_weight:
-        loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
-    optimizer_g.zero_grad()
-    loss.backward()
-    optimizer_g.step()
-    d.requires_grad_(True)
+    generator_step(x_s, 0, rotation_weight, d, optimizer_g)
     return meters
+
+
+def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
+
+    x_s, p_T: the ends of `adversarial_dynamics` from G's x_0 and p_0 ~ N(0, (1e-4)^2).
+    D descends f(x_s) - f(x), under spectral norm. G and its eps descend
+    -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
+    Returns the meters.
+    """
+    x_0, log_sigma = g.start(torch.randn(len(x), g.z_dim, device=x.device))        # (B, 3, 32, 32)
+    with normalised(d):
+        x_s, p = adversarial_dynamics(d, x_0, 1e-4 * torch.randn_like(x_0), g.eps)
+        meters = discriminator_step(x, x_s.detach(), lambda real, sample: sample - real,
+                                    rotation_weight, d, optimizer_d, penalty_weight=0)
+    kinetic, entropy = p.square().sum((1, 2, 3)).mean(), log_sigma.sum((1, 2, 3)).mean()
+    generator_step(x_s, 1e-5 * (kinetic - entropy), rotation_weight, d, optimizer_g)
+    return meters | {"kinetic": kinetic.detach(), "entropy": entropy.detach(),
+                     "eps": g.eps.detach().mean()}
 
 
 def cd_step(x, rotation_weight, d, optimizer_d, replay):
@@ -675,18 +754,19 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
         rotation_weight, d, optimizer_d)
 
 
-def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d):
+def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty_weight=5):
     """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
 
-    D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2) + rotation_weight times
-    the rotation loss.
+    D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
+    rotation_weight times the rotation loss.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
-    gradient, = torch.autograd.grad(f.sum(), both, create_graph=True)
+    gradient, = torch.autograd.grad(f.sum(), both, retain_graph=True,
+                                    create_graph=penalty_weight > 0)
     penalty = gradient.square().sum((1, 2, 3)).mean() * 2
     f_real, f_sample = f.chunk(2)
-    loss, meters = loss_of(f_real, f_sample).mean() + 5 * penalty, {}
+    loss, meters = loss_of(f_real, f_sample).mean() + penalty_weight * penalty, {}
     if rotation_weight:
         meters["rotation"] = rotation_loss(d, x)
         loss = loss + rotation_weight * meters["rotation"]
@@ -701,6 +781,19 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d):
                "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
                "data_std": x.std(0).mean()}
     return {name: value.detach() for name, value in meters.items()}
+
+
+def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
+    """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
+    d.requires_grad_(False)
+    with normalised(d):
+        loss = loss - d(x_s).float().mean()
+        if rotation_weight:
+            loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
+    optimizer_g.zero_grad()
+    loss.backward()
+    optimizer_g.step()
+    d.requires_grad_(True)
 
 
 def rotation_loss(d, x):
@@ -723,7 +816,7 @@ def train_ebm(images, args):
     checkpoint, log = path.with_suffix(".partial"), path.with_suffix(".jsonl")
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
-    step = {"ade": ade_step, "cd": cd_step}[args.ebm_objective]
+    step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
     in_progress = {**config, "seed": args.seed, "precision": args.precision}
     first = restore(checkpoint, in_progress, state)
     start_log(log, "iteration", first)
@@ -750,7 +843,7 @@ def train_ebm(images, args):
              f"{row['f_sample']:.2f}  AUC {row['auc']:.2f}  clamped {row['clamped']:.0%}  "
              f"sample std {row['sample_std']:.2f}  {timedelta(seconds=round(left))} left", last)
 
-    d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
+    d, kept = bake(state["d"]), {name: state[name] for name in ("d", "g") if name in state}
     torch.manual_seed(seed_of(args.seed, args.ebm_iters))
     with autocast(args):
         d.standardise(images)
@@ -773,7 +866,7 @@ def show_ebm(images, args, d, g=None, replay=None):
     if not has_test(args):
         return
     torch.manual_seed(seed_of(args.seed))
-    untrained = Discriminator(args.width).to(args.device)
+    untrained = bake(ebm_networks(args)["d"])
     torch.manual_seed(seed_of(args.seed, args.ebm_iters))
     with autocast(args):
         untrained.standardise(images)
@@ -786,7 +879,7 @@ def show_ebm(images, args, d, g=None, replay=None):
 
 def ebm_config(images, args):
     """What an EBM was trained on, and how; a checksum stands for the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", "version"]
     config = {flag: getattr(args, flag) for flag in flags}
     return {**config, "images": zlib.crc32(images.cpu().numpy())}
 
@@ -862,7 +955,15 @@ def load(path):
         raise UserError(f"{path}: not a whole file of ours ({reason}); {REMEDY}") from None
     if not (isinstance(saved, dict) and "config" in saved):
         raise UserError(f"{path}: not a whole file of ours (it has no config); {REMEDY}")
+    current(path, saved["config"])
     return saved
+
+
+def current(path, config):
+    """The config; UserError where older code made it, whose `ade` is called `gan` now."""
+    if config.get("ebm_objective") == "ade" and "version" not in config:
+        raise UserError(f"{path}: made when --ebm-objective gan was called ade; name another")
+    return config
 
 
 def restore(path, config, state):
@@ -915,7 +1016,7 @@ def save_json(path, row):
 
 def load_json(path):
     try:
-        return json.loads(path.read_text())
+        return current(path, json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole file of ours ({error}); {REMEDY}") from None
 

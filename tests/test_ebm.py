@@ -1,5 +1,6 @@
 """EBM training: its step against its formula, its file and log, and what stops it."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shap
 
 def flags(tmp_path, *more):
     return common.parse_flags(common.make_parser("x"), [
-        "--dataset", "synthetic", "--subset", "100", "--width", "4", "--ebm-iters", "3",
+        "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
 
@@ -24,14 +25,14 @@ def turned_loss(d, x):
     return sum(terms) / len(terms)
 
 
-@pytest.mark.parametrize("objective", ["ade", "cd"])
+@pytest.mark.parametrize("objective", ["gan", "cd"])
 @pytest.mark.parametrize("weight", [0, 0.7])
 def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     starts = []
     monkeypatch.setattr(common, "langevin",
                         lambda f, x, **flags: starts.append((x, flags)) or negatives)
-    d, g, replay = Discriminator(4), Generator(4), ReplayBuffer(100)
+    d, g, replay = Discriminator(8), Generator(8), ReplayBuffer(100)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
@@ -56,14 +57,14 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     expected, wrong = gradient(5, weight), [gradient(2.5, weight), gradient(5, weight + 0.2)]
     sgd = torch.optim.SGD(d.parameters(), lr=1.0)
     before = [p.detach().clone() for p in d.parameters()]
-    if objective == "ade":
-        common.ade_step(x, weight, d, sgd, g, torch.optim.SGD(g.parameters(), lr=0.0))
+    if objective == "gan":
+        common.gan_step(x, weight, d, sgd, g, torch.optim.SGD(g.parameters(), lr=0.0))
     else:
         common.cd_step(x, weight, d, sgd, replay)
     (x_0, flags), = starts
-    steps = {"ade": 5, "cd": 15}[objective]
+    steps = {"gan": 5, "cd": 15}[objective]
     assert flags == dict(steps=steps, step_size=10, noise_std=0.005, grad_clip=0.01)
-    if objective == "ade":              # a quarter starts at noised images, the rest at G(z)
+    if objective == "gan":              # a quarter starts at noised images, the rest at G(z)
         assert (x_0[6:] - 0.6 * x[:2]).min() >= 0 and (x_0[6:] - 0.6 * x[:2]).max() <= 0.4
         assert (x_0[:6] - 0.5).abs().max() < 0.2
     step = [old - new.detach() for old, new in zip(before, d.parameters())]
@@ -73,7 +74,7 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     assert close(expected) and not any(map(close, wrong))
 
 
-@pytest.mark.parametrize("objective", ["ade", "cd"])
+@pytest.mark.parametrize("objective", ["gan", "ade", "cd"])
 def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
     args = flags(tmp_path, "--ebm-objective", objective)
     x, method = draw_shapes(8, seed=3)[0] / 255, getattr(common, f"{objective}_step")
@@ -98,7 +99,7 @@ def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
-    replay, starts, d = ReplayBuffer(1000), [], Discriminator(4)
+    replay, starts, d = ReplayBuffer(1000), [], Discriminator(8)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
     monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(shape[0]))
@@ -111,7 +112,7 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
 @pytest.mark.parametrize("weight", [0, 5])
 def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
     """G's step is the gradient of its loss at the samples x_s, carried to G(z) unchanged."""
-    d, g = Discriminator(4), Generator(4)
+    d, g = Discriminator(8), Generator(8)
     x, x_s = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
     monkeypatch.setattr(common, "langevin", lambda *_, **__: x_s)
     torch.manual_seed(5)
@@ -127,7 +128,7 @@ def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
                                                   gradient(x_s[:6], weight + 5)]
     before = [p.detach().clone() for p in g.parameters()]
     torch.manual_seed(5)
-    common.ade_step(x, weight, d, torch.optim.SGD(d.parameters(), lr=0.0), g,
+    common.gan_step(x, weight, d, torch.optim.SGD(d.parameters(), lr=0.0), g,
                     torch.optim.SGD(g.parameters(), lr=1.0))
     step = [new.detach() - old for old, new in zip(before, g.parameters())]
 
@@ -149,8 +150,8 @@ def test_file_log_and_picture(tmp_path, capsys):
     assert torch.equal(loaded.features(images / 255), d.features(images / 255))
     torch.manual_seed(common.seed_of(args.seed, 3))
     features = loaded.features(common.augment(images))                  # what the method sees
-    assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-3)
-    assert torch.allclose(features.std(0, correction=0), torch.ones(32), atol=1e-3)
+    assert torch.allclose(features.mean(0), torch.zeros(64), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), torch.ones(64), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.jsonl", "ebm.png", "ebm.pt"]
     header, row = map(json.loads, (tmp_path / "ebm.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
@@ -161,8 +162,8 @@ def test_file_log_and_picture(tmp_path, capsys):
         assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
     assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
-    with pytest.raises(UserError, match="--width 4, not 8"):
-        get_ebm(images, flags(tmp_path, "--width", "8"))
+    with pytest.raises(UserError, match="--width 8, not 16"):
+        get_ebm(images, flags(tmp_path, "--width", "16"))
     with pytest.raises(UserError, match="other images"):
         get_ebm(images[1:], args)
 
@@ -172,7 +173,8 @@ def test_each_setting_of_an_ebm_has_a_file_of_its_own():
         return common.parse_flags(common.make_parser("x"), flags).ebm
 
     names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "8"),
-             name("--ebm-objective", "cd"), name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
+             name("--ebm-objective", "cd"),
+             name("--ebm-objective", "ade"), name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
              name("--seed", "1"), name("--seed", "2")]
     assert len(set(names)) == len(names)
     assert name("--lr", "1", "--epochs", "2") == name()                 # what all runs share
@@ -200,12 +202,14 @@ def test_no_iterations_give_the_untrained_probe(tmp_path, capsys):
     assert last == last_untrained and every == every_untrained and last != every
 
 
-@pytest.mark.parametrize("objective", ["ade", "cd"])
+@pytest.mark.parametrize("objective", ["gan", "ade", "cd"])
 def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(common, "BLOCK", 2)
     monkeypatch.setattr(common, "has_test", lambda args: False)
     args = flags(tmp_path, "--ebm-iters", "6", "--ebm-objective", objective,
                  "--ebm-rotation", "0.5")
+    monkeypatch.setattr(common, "adversarial_dynamics",
+                        partial(common.adversarial_dynamics, steps=2))
     images = common.training_images(args)
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()
@@ -216,6 +220,9 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
     assert (tmp_path / "ebm.partial").exists() and not (tmp_path / "ebm.pt").exists()
     resumed = train_ebm(images, args)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+    loaded = load_ebm(args.ebm, "cpu")
+    assert torch.equal(loaded.features(images / 255, "all"), resumed.features(images / 255, "all"))
+    assert torch.equal(loaded(images / 255), resumed(images / 255))
     rows = (tmp_path / "ebm.jsonl").read_text().splitlines()
     assert [json.loads(row).get("iteration") for row in rows] == [None, 2, 4, 6]
     (tmp_path / "ebm.pt").unlink()
@@ -243,15 +250,15 @@ def test_it_stops_when_it_explodes_and_keeps_the_last_good_state(tmp_path, monke
 
     def step(x, rotation_weight, d, **others):
         calls.append(1)
-        meters = ade_step(x, rotation_weight, d, **others)
+        meters = gan_step(x, rotation_weight, d, **others)
         if len(calls) == 4:                             # the last of the second block
             if what == "f":
                 meters["f_real"] = meters["f_real"] + 1e5
             else:
                 d.linear.weight.data[0, 0] = float("inf")
         return meters
-    ade_step = common.ade_step
-    monkeypatch.setattr(common, "ade_step", step)
+    gan_step = common.gan_step
+    monkeypatch.setattr(common, "gan_step", step)
     with pytest.raises(UserError, match="f exploded before iteration 4, .* is of iteration 2;"):
         train_ebm(common.training_images(args), args)
     assert not (tmp_path / "ebm.pt").exists()

@@ -46,7 +46,7 @@ CASES = [
     (ALL, "--width 0", "--width"), (ALL, "--width 4.5", "--width"), (ALL, "--seed -1", "--seed"),
     (ALL, "--seed 9999999999999999999", "--seed"), (ALL, "--subset -1", "--subset"),
     (ALL, "--subset 5001", "--subset 5001"), (ALL, "--ebm-iters -1", "--ebm-iters"),
-    (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective gan", "--ebm-objective"),
+    (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective ebm", "--ebm-objective"),
     (ALL, "--precision fp16", "--precision"), (ALL, "--device nowhere", "--device nowhere"),
     (ALL, "--dataset mnist", "--dataset"), (ALL, "--dataset folder", "--data-dir data"),
     (ALL, "--dataset cifar10 --data-dir /proc/none", "--data-dir"),

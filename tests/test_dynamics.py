@@ -254,6 +254,9 @@ def test_weights_are_normalised_in_fp32_and_stand_still_meanwhile(tmp_path, monk
         assert torch.equal(d(x), d(x))
         assert all(layer.weight is weight for weight, (_, layer) in zip(inside, f_layers(d)))
     assert autocasts == 6 * [False]                 # CUDA would do it in bf16, a CPU never does
+    with torch.autocast("cpu", torch.bfloat16):
+        common.ade_step(x, 0, **copy.deepcopy(state))
+    assert autocasts == 18 * [False]                # once with D's step, once with G's
     with common.normalised(exact):
         assert all(torch.equal(a, layer.weight) for a, (_, layer) in zip(inside, f_layers(exact)))
     baked = common.bake(copy.deepcopy(d))

@@ -648,7 +648,7 @@ def ema_update(target, online, tau):
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
-EBM_LR = {"gan": (1e-3, 2e-4), "ade": (1e-4, 1e-4), "cd": (1e-3, 0)}     # of D and of G
+EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
 BLOCK = 100                                         # iterations between log lines and checkpoints
 
 
@@ -663,13 +663,12 @@ class ReplayBuffer(nn.Module):
 def ebm_networks(args):
     """{name: module or optimizer}, the names being the parameters of the objective's step.
 
-    Adam's second beta bounds a step of a weight at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is
-    32 lr, and such steps were seen to destroy f (README, "The energy-based model"). `ade` has its
-    authors' 0.999, where spectral norm bounds f.
+    EBM_ADAM: the learning rates of D and G, and Adam's second beta. That bounds a step of a weight
+    at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is 32 lr, and such steps were seen to destroy f
+    (README, "The energy-based model"). `ade` has its authors' 0.999, and spectral norm on f.
     """
-    lr_d, lr_g = EBM_LR[args.ebm_objective]
-    ade = args.ebm_objective == "ade"
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.999 if ade else 0.9), fused=True)
+    (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
+    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True)
     d = Discriminator(args.width)
     for layer in [*d.stages.modules(), d.linear] if ade else []:
         if hasattr(layer, "weight"):

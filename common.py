@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 import torchvision
 from PIL import Image
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
@@ -95,9 +97,10 @@ def make_parser(doc, training=True):
     add("--ebm", help="its file, made if missing; None: in runs/, by its flags and --seed")
     add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
-    add("--ebm-objective", choices=["ade", "cd"], default="ade",
-        help="f's negatives: ade, adversarial dynamics embedding: a generator's images, refined "
-             "by five Langevin steps; cd, contrastive divergence: chains from a replay buffer")
+    add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
+        help="f's negatives: gan, a generator's images after five Langevin steps; ade, adversarial "
+             "dynamics embedding: after 30 steps of learned size, with momentum; cd, contrastive "
+             "divergence: chains from a replay buffer")
     add("--ebm-rotation", type=number(float, 0), default=0,
         help="weight of a rotation loss of the discriminator, 0.2 of it of the generator; 0: none")
     if not training:
@@ -140,6 +143,7 @@ def add_langevin_flags(parser):
 
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=10, batch_size=32,
              schedule="cosine", ebm_iters=40, tau=0.95)
+VERSION = 2                                               # without one, ade was what gan is now
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where, not what, a run is
 
 
@@ -149,7 +153,7 @@ def parse_flags(parser, argv=None):
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
     args = parser.parse_args(argv)
-    args.script = Path(parser.prog).stem
+    args.script, args.version = Path(parser.prog).stem, VERSION
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         raise UserError("--view augment: there is no third view with --use dataset")
     name_files(parser, args)
@@ -160,8 +164,9 @@ def parse_flags(parser, argv=None):
 
 def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
+    no_flag_of_its_own = NOT_IDENTITY | {"script", "version"}
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
-                 if flag not in NOT_IDENTITY | {"script"} and value != parser.get_default(flag)]
+                 if flag not in no_flag_of_its_own and value != parser.get_default(flag)]
     if "run_dir" in args:
         args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
@@ -589,6 +594,24 @@ class Generator(nn.Module):
         return self.net(z[:, :, None, None])
 
 
+class NoisyGenerator(Generator):
+    """ADE's: `start(z)` -> x_0 = mu(z) + sigma(z) N(0, 1) and log sigma(z), (B, 3, 32, 32) each.
+
+    mu, the generator's image, in [0, 1], and sigma, up to 1e-3 in units of [-1, 1], are branches
+    from one 4x4 map. `eps` is the step size of `adversarial_dynamics`, learned with them.
+    """
+
+    def __init__(self, width=64, z_dim=128):
+        super().__init__(width, z_dim)
+        self.sigma = Generator(width, z_dim).net[3:]
+        self.eps = nn.Parameter(torch.full((3, 32, 32), 10.0))
+
+    def start(self, z):
+        map_4x4 = self.net[:3](z[:, :, None, None])
+        mu, sigma = self.net[3:](map_4x4).float(), 1e-3 * self.sigma(map_4x4).float()
+        return mu + sigma / 2 * torch.randn_like(mu), (sigma + 1e-6).log()
+
+
 @contextmanager
 def batch_statistics(module):
     """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
@@ -624,6 +647,28 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
         step = step_size * gradient.clamp(-grad_clip, grad_clip)
         x = (x.detach() + step + noise_std * torch.randn_like(x)).clamp(0, 1)
     return x
+
+
+def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
+    """ADE's sampler, differentiable in x, p and eps (arXiv:1904.12083, as in its authors' code).
+
+    On q = 2 x - 1, in [-1, 1], with g(q) = clip(grad_q f, +-grad_clip), held constant:
+
+        p <- p / 2 + eps / 2 * g(q)                                      half a step, then
+        q <- clip(q + p, +-1),  p <- p / 2 + eps * g(q)                  `steps` times,
+
+    of whose last p takes eps / 2. f: (B, 3, H, W) in [0, 1] -> (B,); x in [0, 1], p (B, 3, H, W);
+    eps (3, H, W). Returns the last x, in [0, 1], and p. The graph holds no activation of f.
+    """
+    q = 2 * x - 1
+    for step in range(steps + 1):
+        q = (q + p).clamp(-1, 1) if step else q
+        with torch.enable_grad():
+            at = q.detach().requires_grad_()
+            gradient, = torch.autograd.grad(f((at + 1) / 2).sum(), at)
+        size = eps if 0 < step < steps else eps / 2
+        p = p / 2 + size * gradient.clamp(-grad_clip, grad_clip)
+    return (q + 1) / 2, p
 
 
 def chain_flags(args):
@@ -708,7 +753,7 @@ def ema_update(target, online, tau):
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
-EBM_LR = 1e-3, 2e-4                                 # of discriminator and generator
+EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
 EBM_ROUND = 100                                     # iterations between two lines of the log
 
 
@@ -721,27 +766,50 @@ class ReplayBuffer(nn.Module):
 
 
 def ebm_networks(args):
-    """{name: module or optimizer}, the names being the parameters of `ade_step` and `cd_step`.
+    """{name: module or optimizer}, the names being the parameters of the objective's step.
 
-    Adam's second beta bounds a step of a weight at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is
-    32 lr, and such steps were seen to destroy f (README, "The energy-based model").
+    EBM_ADAM: the learning rates of D and G, and Adam's second beta. That bounds a step of a weight
+    at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is 32 lr, and such steps were seen to destroy f
+    (README, "The energy-based model"). `ade` has its authors' 0.999, and spectral norm on f.
     """
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.9), fused=True)
-    d = Discriminator(args.width).to(args.device)
-    state = {"d": d, "optimizer_d": adam(d.parameters(), EBM_LR[0])}
+    (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
+    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True)
+    d = Discriminator(args.width)
+    for layer in [*d.stages.modules(), d.linear] if ade else []:
+        if hasattr(layer, "weight"):
+            spectral_norm(layer)
+    state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
     if args.ebm_objective == "cd":
         return {**state, "replay": ReplayBuffer().to(args.device)}
-    g = Generator(args.width).to(args.device)
-    return {**state, "g": g, "optimizer_g": adam(g.parameters(), EBM_LR[1])}
+    g = (NoisyGenerator if ade else Generator)(args.width).to(args.device)
+    return {**state, "g": g, "optimizer_g": adam(g.parameters(), lr_g)}
 
 
-def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
-    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
+@contextmanager
+def normalised(d):
+    """Within, d's weights are those that spectral norm makes of them now, once and in fp32."""
+    with parametrize.cached():
+        with torch.autocast(d.linear.bias.device.type, enabled=False):
+            for layer in d.modules():
+                getattr(layer, "weight", None)                      # one power iteration
+        yield
+
+
+def bake(d):
+    """d, which keeps for good the weights that spectral norm makes of its own, if it has it."""
+    for layer in d.eval().modules():                                # eval: no power iteration
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    return d
+
+
+def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of a logistic GAN on images x (B, 3, 32, 32), its samples refined by the sampler.
 
     x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
-    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`. G climbs
-    f(x_s), its gradient passing straight through the steps, which are additive; and it descends 0.2
-    of the rotation loss. Returns the meters.
+    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`, gradient
+    penalties among them. G climbs f(x_s), its gradient passing straight through the steps, which
+    are additive. Returns the meters.
     """
     b = len(x)
     x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
@@ -749,17 +817,28 @@ def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
     x_s = langevin(d, x_0, steps=5, **EBM_LANGEVIN)
     meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
                                 rotation_weight, d, optimizer_d)
-
-    d.requires_grad_(False)
     x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
-    loss = -d(x_s).float().mean()
-    if rotation_weight:
-        loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
-    optimizer_g.zero_grad()
-    loss.backward()
-    optimizer_g.step()
-    d.requires_grad_(True)
+    generator_step(x_s, 0, rotation_weight, d, optimizer_g)
     return meters
+
+
+def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
+
+    x_s, p_T: the ends of `adversarial_dynamics` from G's x_0 and p_0 ~ N(0, (1e-4)^2).
+    D descends f(x_s) - f(x), under spectral norm. G and its eps descend
+    -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
+    Returns the meters.
+    """
+    x_0, log_sigma = g.start(torch.randn(len(x), g.z_dim, device=x.device))        # (B, 3, 32, 32)
+    with normalised(d):
+        x_s, p = adversarial_dynamics(d, x_0, 1e-4 * torch.randn_like(x_0), g.eps)
+        meters = discriminator_step(x, x_s.detach(), lambda real, sample: sample - real,
+                                    rotation_weight, d, optimizer_d, penalty_weight=0)
+    kinetic, entropy = p.square().sum((1, 2, 3)).mean(), log_sigma.sum((1, 2, 3)).mean()
+    generator_step(x_s, 1e-5 * (kinetic - entropy), rotation_weight, d, optimizer_g)
+    return meters | {"kinetic": kinetic.detach(), "entropy": entropy.detach(),
+                     "eps": g.eps.detach().mean()}
 
 
 def cd_step(x, rotation_weight, d, optimizer_d, replay):
@@ -779,18 +858,19 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
         rotation_weight, d, optimizer_d)
 
 
-def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d):
+def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty_weight=5):
     """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
 
-    D descends loss_of(f(x), f(x_s)) + 5 (|grad f(x)|^2 + |grad f(x_s)|^2) + rotation_weight times
-    the rotation loss.
+    D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
+    rotation_weight times the rotation loss.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
-    gradient, = torch.autograd.grad(f.sum(), both, create_graph=True)
+    gradient, = torch.autograd.grad(f.sum(), both, retain_graph=True,
+                                    create_graph=penalty_weight > 0)
     penalty = gradient.square().sum((1, 2, 3)).mean() * 2
     f_real, f_sample = f.chunk(2)
-    loss, meters = loss_of(f_real, f_sample).mean() + 5 * penalty, {}
+    loss, meters = loss_of(f_real, f_sample).mean() + penalty_weight * penalty, {}
     if rotation_weight:
         meters["rotation"] = rotation_loss(d, x)
         loss = loss + rotation_weight * meters["rotation"]
@@ -807,6 +887,19 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d):
     return {name: value.detach() for name, value in meters.items()}
 
 
+def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
+    """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
+    d.requires_grad_(False)
+    with normalised(d):
+        loss = loss - d(x_s).float().mean()
+        if rotation_weight:
+            loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
+    optimizer_g.zero_grad()
+    loss.backward()
+    optimizer_g.step()
+    d.requires_grad_(True)
+
+
 def rotation_loss(d, x):
     """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
     x = x[:max(1, len(x) // 4)]
@@ -820,23 +913,32 @@ def train_ebm(images, args):
     its features standardised.
 
     Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
-    the directory X.ebm. Resumes. Raises UserError where f explodes; the last good state
-    stays.
+    the directory X.ebm. Resumes. Raises UserError where f explodes; the last good state stays.
     """
     path, config = Path(args.ebm), ebm_config(images, args)
     as_made = {"seed": args.seed, "precision": args.precision}
-    training = Training(path.with_suffix(".ebm"), {**config, **as_made})
-    training.open(wait=True)
-    if path.exists():                                     # another process has made it meanwhile
-        return load_ebm(path, args.device)
+    with Training(path.with_suffix(".ebm"), {**config, **as_made}) as training:
+        if not path.exists():                             # else another process has just made it
+            networks = ebm_rounds(training, images.to(args.device), args)
+            replay = networks.pop("replay", None)
+            standardise(networks["d"], images, args)
+            save_samples(training.path / "samples.png", images[:32].to(args.device) / 255,
+                         **networks, replay=replay)
+            save(path, {**config, **as_made, "data_dir": args.data_dir}, args.ebm_iters, networks)
+            (training.path / "checkpoint.pt").unlink(missing_ok=True)
+    return load_ebm(path, args.device)
+
+
+def ebm_rounds(training, images, args):
+    """Train from where the checkpoint is to the end; returns the networks {"d": f, ...}."""
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
-    step = {"ade": ade_step, "cd": cd_step}[args.ebm_objective]
+    step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
 
     def describe(row):
         finite = all(p.isfinite().all() for p in state["d"].parameters())
         if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
+            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}, "
                             f"f(real) {row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, "
                             f"penalty {row['penalty']:.3g}; the last good state is in "
                             f"{training.path}; try another --seed or --precision, in another --ebm")
@@ -844,21 +946,14 @@ def train_ebm(images, args):
                 f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
                 f"{row['sample_std']:.2f}")
 
-    images = images.to(args.device)
     for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND,
                                       lambda start: (args.seed, start), describe, state):
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             with autocast(args):
                 training.log(**step(x, args.ebm_rotation, **state))
-
-    d, kept = state["d"], {name: state[name] for name in ("d", "g") if name in state}
-    standardise(d, images, args)
-    save_samples(training.path / "samples.png", images[:32] / 255, **kept,
-                 replay=state.get("replay"))
-    save(path, {**config, **as_made, "data_dir": args.data_dir}, args.ebm_iters, kept)
-    training.close()
-    return d.requires_grad_(False)
+    bake(state["d"])
+    return {name: state[name] for name in ("d", "g", "replay") if name in state}
 
 
 def standardise(d, images, args):
@@ -879,7 +974,7 @@ def save_samples(path, x, d, g=None, replay=None):
 
 def ebm_config(images, args):
     """What an EBM was trained on, and how; a checksum stands for the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", "version"]
     return {**{flag: getattr(args, flag) for flag in flags}, "images": checksum(images)}
 
 
@@ -957,6 +1052,9 @@ def read(path, parse, **kinds):
             raise ValueError(f"it is a {type(row).__name__}")
         wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
         reason = f"it has no {wrong[0]}" if wrong else ""
+        config = row.get("config", row)
+        if config.get("ebm_objective") == "ade" and "version" not in config:
+            reason = "of older code, whose --ebm-objective ade is gan now"
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__
     if reason:
@@ -984,7 +1082,7 @@ def same_config(path, saved, wanted):
                         f"{value}; use the same flags, or another --run-dir or --ebm")
 
 
-CHECKSUMS = {"images": "other images", "f": "another EBM"}
+CHECKSUMS = {"images": "other images", "f": "another EBM", "version": "other code"}
 
 
 def checksum(*tensors):
@@ -1043,9 +1141,11 @@ class Training:
         self.check()
 
     def check(self):
-        """UserError where the directory is that of another config."""
-        if (self.path / "config.json").exists():
-            same_config(self.path, load_json(self.path / "config.json"), self.config)
+        """UserError where the directory holds what was made with another config."""
+        made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
+        path = self.path / "config.json"
+        if path.exists() and any(path.with_name(name).exists() for name in made):
+            same_config(self.path, load_json(path), self.config)
 
     def open(self, wait=False):
         """Make the directory and, until `close` or the process ends, keep others out of it."""
@@ -1055,12 +1155,20 @@ class Training:
                          "this run; wait for it, or name another --run-dir")
         self.check()
         write_json(self.path / "config.json", self.config)
-        atexit.register(self.write_checkpoint)
+        atexit.register(self.close)
 
     def close(self):
-        """Let others in; the checkpoint goes, as its end is in a file elsewhere."""
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        """Write the checkpoint that is only in memory, if there is one, and let others in."""
+        atexit.unregister(self.close)
+        self.write_checkpoint()
         self.lock.close()
+
+    def __enter__(self):
+        self.open(wait=True)
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def rounds(self, counter, total, size, seeds, describe, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.

@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Discriminator, Encoder, Parser, UserError, autocast, has_test,
-                    launch, load, load_ebm, load_images, load_into, load_json, seed_of, set_up,
-                    show, standardise, training_images, write_json)
+from common import (NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, ebm_networks,
+                    has_test, launch, load, load_ebm, load_images, load_into, load_json, seed_of,
+                    set_up, show, standardise, training_images, write_json)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -164,7 +164,7 @@ def evaluate_ebm(path, flags):
     if flags.untrained:
         images = training_images(args)
         torch.manual_seed(seed_of(args.seed))
-        networks[", untrained"] = Discriminator(args.width).to(args.device)
+        networks[", untrained"] = bake(ebm_networks(args)["d"])
         standardise(networks[", untrained"], images, args)
     for name, network in networks.items():
         for layers in ["last", "all"]:

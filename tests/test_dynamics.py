@@ -1,0 +1,297 @@
+"""ADE: the dynamics against hand-made steps, its two losses by hand, and spectral norm."""
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import Discriminator, UserError, adversarial_dynamics, draw_shapes
+from test_ebm import flags, turned_loss
+
+CENTRE, CURVATURE = torch.tensor([0.3, -0.9, 1.4], dtype=torch.float64)[:, None, None], 0.02
+
+
+def quadratic(x):
+    """Whose gradient in q = 2 x - 1 is CURVATURE (CENTRE - q)."""
+    return -CURVATURE / 2 * (2 * x - 1 - CENTRE).square().sum((1, 2, 3))
+
+
+def slope(q):
+    return (CURVATURE * (CENTRE - q)).clamp(-0.01, 0.01)
+
+
+def two_steps(q0, p0, eps, slope=slope, seen=None):
+    """The dynamics for T = 2, a line each."""
+    g0 = slope(q0)
+    p = 0.5 * p0 + 0.5 * eps * g0
+    q1 = torch.clamp(q0 + p, -1, 1)
+    g1 = slope(q1)
+    p = 0.5 * p + eps * g1
+    q2 = torch.clamp(q1 + p, -1, 1)
+    g2 = slope(q2)
+    if seen is not None:
+        seen += [g0, g1, g2]
+    return q2, 0.5 * p + 0.5 * eps * g2
+
+
+def start():
+    q0 = torch.tensor([[-0.5, 0.95, 0.8], [0.2, -0.6, -0.97]], dtype=torch.float64)
+    p0 = torch.tensor([[0.06, 0.6, 0.3], [-0.1, 0.04, -0.2]], dtype=torch.float64)
+    eps = torch.tensor([8.0, 10.0, 12.0], dtype=torch.float64)
+    return q0[:, :, None, None], p0[:, :, None, None], eps[:, None, None]
+
+
+def test_a_trajectory_in_numbers():
+    """A slope of 0.004 in q, eps 10, from q = 0 with p = 0.02: q is 0.03, 0.085 and 0.1525."""
+    x, p = torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.02)
+    x, p = adversarial_dynamics(lambda x: 0.008 * x.sum((1, 2, 3)), x, p, torch.tensor(10.0), 3)
+    assert x.item() == pytest.approx((1 + 0.1525) / 2) and p.item() == pytest.approx(0.05375)
+
+
+def test_it_follows_a_quadratic():
+    q0, p0, eps = start()
+    x, p = adversarial_dynamics(quadratic, (q0 + 1) / 2, p0, eps, steps=2)
+    q_t, p_t = two_steps(q0, p0, eps)
+    assert torch.allclose(2 * x - 1, q_t, atol=1e-12) and torch.allclose(p, p_t, atol=1e-12)
+    clipped = slope(q0).abs() == 0.01
+    assert q_t.abs().max() == 1 and clipped.any() and not clipped.all()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_its_gradient_is_that_with_the_slopes_of_f_held(held):
+    """Against finite differences; those of f's slopes moving too, the control, differ."""
+    at, seen, h = start(), [], 1e-5
+    two_steps(*at, seen=seen)
+    gradient_of = [v.clone().requires_grad_() for v in at]
+    weights = torch.rand(2, *at[0].shape, dtype=torch.float64)
+    x, p = adversarial_dynamics(quadratic, (gradient_of[0] + 1) / 2, *gradient_of[1:], steps=2)
+    (weights[0] * (2 * x - 1) + weights[1] * p).sum().backward()
+
+    def value(inputs):
+        slopes = iter(seen)
+        q, p = two_steps(*inputs, slope=(lambda q: next(slopes)) if held else slope)
+        return (weights[0] * q + weights[1] * p).sum().item()
+
+    for i, tensor in enumerate(at):
+        expected = torch.empty_like(tensor)
+        for index in range(tensor.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [v.clone() for v in at]
+                moved[i].view(-1)[index] += sign * h
+                ends.append(value(moved))
+            expected.view(-1)[index] = (ends[0] - ends[1]) / (2 * h)
+        assert torch.allclose(gradient_of[i].grad, expected, atol=1e-8) == held
+
+
+def test_it_calls_f_once_more_than_its_thirty_steps_and_keeps_nothing_of_it():
+    kept, layer = [], nn.Conv2d(3, 8, 3)
+
+    def f(x):
+        hidden = layer(x).tanh()
+        kept.append(weakref.ref(hidden))
+        return hidden.square().sum((1, 2, 3))
+
+    x, p = torch.rand(2, 2, 3, 8, 8).requires_grad_()
+    end = adversarial_dynamics(f, x, p, torch.full((3, 8, 8), 10.0))
+    assert end[0].requires_grad and len(kept) == 31
+    assert all(hidden() is None for hidden in kept)
+    assert layer.weight.grad is None
+
+
+def ade(tmp_path):
+    """The state of an `ade` whose power iteration has converged; its D without spectral norm."""
+    state = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))
+    for _ in range(300):
+        with common.normalised(state["d"]):
+            pass
+    plain = Discriminator(8)
+    for (_, layer), (_, normed) in zip(f_layers(plain), f_layers(state["d"])):
+        weight = normed.parametrizations.weight.original.detach()
+        layer.weight.data, layer.bias.data = weight.clone(), normed.bias.detach().clone()
+    plain.rotation.load_state_dict(state["d"].rotation.state_dict())
+    return state, plain
+
+
+def f_layers(d):
+    return [(name, layer) for name, layer in d.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and name != "rotation"]
+
+
+def norm_of(weight):
+    return torch.linalg.matrix_norm(weight.flatten(1), 2)
+
+
+def over_norm(weights):
+    """The parameters by name, each weight of f divided by its largest singular value."""
+    return {name: w / norm_of(w) if name.endswith("weight") and "rotation" not in name else w
+            for name, w in weights.items()}
+
+
+def sgd(module, lr):
+    return torch.optim.SGD(module.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize("weight", [0, 0.7])
+def test_discriminator_step_equals_its_formula(tmp_path, monkeypatch, weight):
+    x, negatives = draw_shapes(8, seed=3)[0] / 255, torch.rand(8, 3, 32, 32)
+    monkeypatch.setattr(common, "adversarial_dynamics", lambda f, x, p, eps: (x * 0 + negatives, p))
+    state, plain = ade(tmp_path)
+    weights = dict(plain.named_parameters())
+
+    class Normed(nn.Module):                        # D as a function of `weights`
+        def forward(self, x):
+            return torch.func.functional_call(plain, over_norm(weights), x)
+
+        def features(self, x):
+            maps = x
+            for i, stage in enumerate(plain.stages):
+                maps = (maps - 0.5) / 0.25 if i == 0 else F.avg_pool2d(maps, 2)
+                for j in (0, 2):
+                    kernel = weights[f"stages.{i}.{j}.weight"] if j < len(stage) else None
+                    if kernel is not None:
+                        maps = F.leaky_relu(F.conv2d(maps, kernel / norm_of(kernel), weights[
+                            f"stages.{i}.{j}.bias"], padding=1), 0.1)
+            return torch.cat([maps.mean((2, 3)), maps.var((2, 3), correction=0)], 1)
+
+        rotation = plain.rotation
+
+    f = Normed()
+
+    def gradient(sign, weight):
+        loss = sign * (f(negatives) - f(x)).mean() + weight * turned_loss(f, x[:2])
+        return torch.autograd.grad(loss, list(weights.values()), allow_unused=True,
+                                   materialize_grads=True)
+
+    expected, wrong = gradient(1, weight), [gradient(-1, weight), gradient(1, weight + 0.2)]
+    before = {name: p.detach().clone() for name, p in state["d"].named_parameters()}
+    common.ade_step(x, weight, state["d"], sgd(state["d"], 1.0), state["g"], sgd(state["g"], 0.0))
+    after = dict(state["d"].named_parameters())
+    step = {name.replace("parametrizations.weight.original", "weight"):
+            before[name] - after[name].detach() for name in before}
+
+    def close(to):
+        return all((step[name] - b).norm() < 1e-2 * b.norm() + 1e-5 for name, b in zip(weights, to))
+    assert close(expected) and not any(map(close, wrong))
+
+
+def test_generator_and_eps_descend_energy_kinetic_energy_and_minus_entropy(tmp_path, monkeypatch):
+    state, plain = ade(tmp_path)
+    g, reference, seen = state["g"], copy.deepcopy(state["g"]), []
+
+    def dynamics(f, x, p, eps):                     # differentiable in all, of terms that show
+        seen.append((x.detach(), p, eps))
+        return 0.9 * x + 0.001 * eps, x * eps + p
+
+    monkeypatch.setattr(common, "adversarial_dynamics", dynamics)
+    torch.manual_seed(5)
+    z, noise = torch.randn(8, 128), torch.randn(8, 3, 32, 32)
+    mu = reference(z)
+    reference.eval()                                # the other branch's BatchNorm by hand
+    h = reference.net[0](z[:, :, None, None])
+    h = F.relu(F.batch_norm(h, None, None, reference.net[1].weight, reference.net[1].bias, True))
+    reference.train()
+    sigma = 1e-3 * reference.sigma(h)
+    x_0 = mu + sigma * noise / 2
+    images = 0.9 * x_0 + 0.001 * reference.eps
+    weights = over_norm({name: p.detach() for name, p in plain.named_parameters()})
+    energy = -torch.func.functional_call(plain, weights, images).mean()
+    kinetic = (x_0 * reference.eps).square().sum() / 8
+    surprise = -sigma.log().sum() / 8
+
+    def gradient(energy, kinetic, surprise):
+        return torch.autograd.grad(energy + 1e-5 * (kinetic + surprise),
+                                   list(reference.parameters()), retain_graph=True)
+
+    expected = gradient(energy, kinetic, surprise)
+    wrong = [gradient(-energy, kinetic, surprise), gradient(energy, 0, surprise),
+             gradient(energy, kinetic, 0 * surprise), gradient(energy, kinetic, -surprise),
+             gradient(energy, 8 * kinetic, surprise)]
+    before = [p.detach().clone() for p in g.parameters()]
+    torch.manual_seed(5)
+    meters = common.ade_step(draw_shapes(8, seed=3)[0] / 255, 0, state["d"], sgd(state["d"], 0.0),
+                             g, sgd(g, 1.0))
+    step = [old - new.detach() for old, new in zip(before, g.parameters())]
+
+    def close(to):
+        return all((a - b).norm() < 2e-2 * b.norm() + 1e-7 for a, b in zip(step, to))
+    assert close(expected) and not any(map(close, wrong))
+    assert any(p.requires_grad for p in state["d"].parameters())
+    assert meters["kinetic"].item() == pytest.approx(kinetic.item(), rel=1e-2)
+    (start, p_0, eps), = seen
+    assert torch.allclose(start, x_0.detach(), atol=1e-6) and eps is g.eps and eps.requires_grad
+    assert p_0.std().item() == pytest.approx(1e-4, rel=0.05)
+    assert torch.equal(before[0], torch.full((3, 32, 32), 10.0))
+
+
+def test_every_layer_of_f_has_norm_one_and_only_with_spectral_norm(tmp_path):
+    state = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))
+    for _ in range(10):
+        common.ade_step(torch.rand(4, 3, 32, 32), 0, **state)
+    d = common.bake(state["d"])
+    norms = [norm_of(layer.weight).item() for _, layer in f_layers(d)]
+    assert len(norms) == 6 and all(0.9 < norm < 1.1 for norm in norms), norms
+    assert min(norm_of(layer.weight) for _, layer in f_layers(Discriminator(8))[:-1]) > 1.5
+    torch.manual_seed(1)
+    plain = Discriminator(8)
+    torch.manual_seed(1)                            # the rotation head is none of f's layers
+    normed = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))["d"]
+    assert torch.equal(common.bake(normed).rotation.weight, plain.rotation.weight)
+
+
+def test_weights_are_normalised_in_fp32_and_stand_still_meanwhile(tmp_path, monkeypatch):
+    state, _ = ade(tmp_path)
+    exact, d, x = copy.deepcopy(state["d"]), state["d"], torch.rand(2, 3, 32, 32)
+    norm, autocasts = type(d.linear.parametrizations.weight[0]), []
+    once = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, weight: autocasts.append(
+        torch.is_autocast_enabled("cpu")) or once(self, weight))
+    with torch.autocast("cpu", torch.bfloat16), common.normalised(d), torch.no_grad():
+        inside = [layer.weight for _, layer in f_layers(d)]
+        assert torch.equal(d(x), d(x))
+        assert all(layer.weight is weight for weight, (_, layer) in zip(inside, f_layers(d)))
+    assert autocasts == 6 * [False]                 # CUDA would do it in bf16, a CPU never does
+    with torch.autocast("cpu", torch.bfloat16):
+        common.ade_step(x, 0, **copy.deepcopy(state))
+    assert autocasts == 18 * [False]                # once with D's step, once with G's
+    with common.normalised(exact):
+        assert all(torch.equal(a, layer.weight) for a, (_, layer) in zip(inside, f_layers(exact)))
+    baked = common.bake(copy.deepcopy(d))
+    assert not [name for name in baked.state_dict() if "parametrizations" in name]
+    assert all(torch.equal(layer.weight, weight)
+               for weight, (_, layer) in zip(inside, f_layers(baked)))
+
+
+@pytest.mark.parametrize("objective, lr_d, lr_g, beta", [
+    ("gan", 1e-3, 2e-4, 0.9), ("ade", 1e-4, 1e-4, 0.999), ("cd", 1e-3, None, 0.9)])
+def test_learning_rates(tmp_path, objective, lr_d, lr_g, beta):
+    state = common.ebm_networks(flags(tmp_path, "--ebm-objective", objective))
+    for name, lr in [("d", lr_d), ("g", lr_g)]:
+        groups = state[f"optimizer_{name}"].param_groups if lr else []
+        assert all(group["lr"] == lr and group["betas"] == (0, beta) for group in groups)
+        assert (name in state) == bool(lr)
+        if lr:
+            assert set(groups[0]["params"]) == set(state[name].parameters())
+
+
+def test_an_ade_of_before_is_refused(tmp_path):
+    """Today's `gan` was called `ade`: files, checkpoints and runs of then are no `ade` of now."""
+    args = flags(tmp_path, "--ebm-objective", "ade", "--ebm-iters", "1")
+    images, path = common.training_images(args), tmp_path / "ebm.pt"
+    config, network = common.ebm_config(images, args), {"d": Discriminator(8)}
+    common.save(path, config, 1, network)
+    common.get_ebm(images, args)
+    del config["version"]
+    common.save(path, config, 1, network)
+    for read in [lambda: common.get_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
+        with pytest.raises(UserError, match="ebm.pt: .*older code, whose .* ade is gan now"):
+            read()
+    config = tmp_path / "config.json"
+    config.write_text('{"ebm_objective": "ade"}')
+    with pytest.raises(UserError, match="config.json: .*ade is gan now"):
+        common.load_json(config)
+    config.write_text('{"ebm_objective": "ade", "version": 2}')
+    assert common.load_json(config)["version"] == args.version == 2

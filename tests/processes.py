@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -27,7 +28,8 @@ def work(script, flags, directory, moment, environment):
 
     def mortal(function):
         def call(*args):
-            if next(moments) == moment:
+            Path("moments").write_text(str(now := next(moments)))
+            if now == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
         return call
@@ -36,7 +38,7 @@ def work(script, flags, directory, moment, environment):
     common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
-    sys.argv = [script, *TINY, *flags]
+    sys.argv = [script, *(TINY if script != "linear_eval" else []), *flags]
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")
     common.launch(importlib.import_module(script).main)

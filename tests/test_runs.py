@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -12,22 +13,23 @@ import torch
 from PIL import Image
 
 import common
+import linear_eval
 import processes
 from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
 from conftest import ROOT
 
-TINY = [*processes.TINY, "--epochs", "5", "--run-dir", "run"]
+FIVE = ["--epochs", "5", "--run-dir", "run"]
 
 
-def start(script, directory, *flags):
-    return subprocess.Popen([sys.executable, ROOT / script, *TINY, *flags], cwd=directory,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def finish(script, directory, *flags):
+    """Its exit status, and what it adds to stdout and stderr."""
+    before = [len(text(directory, name)) for name in ("out", "err")]
+    status = processes.run(script, directory, *flags)
+    return status, *(text(directory, name)[n:] for name, n in zip(("out", "err"), before))
 
 
-def finish(*args):
-    process = start(*args)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+def text(directory, name):
+    return (directory / name).read_text() if (directory / name).exists() else ""
 
 
 def weights(directory):
@@ -37,7 +39,7 @@ def weights(directory):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
-    return directory, *finish("byol_disc.py", directory)
+    return directory, *finish("byol_disc", directory, *FIVE)
 
 
 def test_a_run_leaves_what_the_design_says(whole):
@@ -47,7 +49,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     names = sorted(path.name for path in run.iterdir())
     assert names == [".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
     header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    assert header["argv"][0].endswith("byol_disc.py") and header["torch"] == torch.__version__
+    assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
@@ -66,37 +68,40 @@ def test_a_run_leaves_what_the_design_says(whole):
 def test_a_finished_run_says_so_and_stops(whole):
     directory = whole[0]
     before = (directory / "run" / "log.jsonl").read_bytes()
-    status, out, _ = finish("byol_disc.py", directory)
+    status, out, _ = finish("byol_disc", directory, *FIVE)
     assert status == 0 and "is finished\ntrained   encoder: linear" in out
     assert (directory / "run" / "log.jsonl").read_bytes() == before
 
 
 def test_other_flags_are_refused(whole):
-    status, _, err = finish("byol_disc.py", whole[0], "--coeff", "0.2")
+    status, _, err = finish("byol_disc", whole[0], *FIVE, "--coeff", "0.2")
     assert status == 2 and err == ("error: run: made with --coeff 0.1, not 0.2; use the same "
                                    "flags, or another --run-dir or --ebm\n")
 
 
 def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
+    """And writes what it had only in memory: a checkpoint is due once a minute."""
     (tmp_path / "ebm.pt").write_bytes((whole[0] / "ebm.pt").read_bytes())
-    process, log = start("byol_disc.py", tmp_path), tmp_path / "run" / "log.jsonl"
+    flags, log = [*processes.TINY, *FIVE], tmp_path / "run" / "log.jsonl"
+    process = subprocess.Popen([sys.executable, ROOT / "byol_disc.py", *flags], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
         time.sleep(0.002)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == ("stopped: the same command goes on from the last checkpoint, "
                            "if there is one")
     interrupted = weights(tmp_path)
-    status, out, err = finish("byol_disc.py", tmp_path)
+    status, out, err = finish("byol_disc", tmp_path, *FIVE)
     assert status == 0, err
     assert "epoch 1/5" not in out
     expected, resumed = weights(whole[0]), weights(tmp_path)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert not all(torch.equal(expected[name], interrupted[name]) for name in expected)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row.get("epoch") for row in rows] == [None, 1, 2, 3, 4, 5]
+    assert log_of(tmp_path) == [None, 1, 2, 3, 4, 5]
 
 
 def test_chain_of_a_langevin_run(tmp_path):
@@ -254,12 +259,11 @@ def test_without_file_locks_it_runs_and_says_so_once(tmp_path, monkeypatch, caps
 def test_table_of_runs_and_ebm(whole):
     """The table has what the run said of itself, computed again from its checkpoint."""
     (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
-    command = [sys.executable, ROOT / "linear_eval.py", "run", "ebm.pt", "ebm.ebm", "--untrained"]
-    table = subprocess.run(command, cwd=whole[0], capture_output=True, text=True)
-    assert table.returncode == 0, table.stderr
+    status, out, err = finish("linear_eval", whole[0], "run", "ebm.pt", "ebm.ebm", "--untrained")
+    assert status == 0, err
     result = json.loads((whole[0] / "run" / "eval.json").read_text())
     assert result == json.loads((whole[0] / "said.json").read_text())
-    lines = table.stdout[table.stdout.index("| run |"):].splitlines()
+    lines = out[out.index("| run |"):].splitlines()
     for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
         cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]
         assert " | ".join([*cells, "1 |"]) in line
@@ -267,3 +271,35 @@ def test_table_of_runs_and_ebm(whole):
     assert labels == ["| byol_disc layers=last", "| byol_disc layers=last, untrained encoder",
                       "| ebm.pt layers=last", "| ebm.pt layers=all",
                       "| ebm.pt, untrained layers=last", "| ebm.pt, untrained layers=all"]
+
+
+def test_a_table_that_cannot_be_kept_is_still_shown(whole, monkeypatch, capsys):
+    """Somebody else's finished run, without eval.json, in a directory that is only read."""
+    said = (whole[0] / "run" / "eval.json")
+    said.rename(whole[0] / "said.json")
+    for metric in linear_eval.METRICS:
+        monkeypatch.setitem(linear_eval.METRICS, metric, lambda *_: 12.5)
+
+    def full(path, row):
+        raise UserError(f"{path}: cannot be written")
+    monkeypatch.setattr(linear_eval, "write_json", full)
+    monkeypatch.setattr(sys, "argv", ["linear_eval.py", str(whole[0] / "run")])
+    linear_eval.main()
+    out = capsys.readouterr().out
+    assert "eval.json: cannot be written" in out and "| 12.50 | 12.50 | 12.50 | 1 |" in out
+    (whole[0] / "said.json").rename(said)
+
+
+def test_a_run_with_a_damaged_checkpoint(whole, tmp_path):
+    """Is shown from its eval.json; without one it is a line, to a script and to linear_eval.py."""
+    shutil.copytree(whole[0], tmp_path / "copy")
+    checkpoint = tmp_path / "copy" / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    for script, flags in [("byol_disc", FIVE), ("linear_eval", ["run"])]:
+        status, out, err = finish(script, tmp_path / "copy", *flags)
+        assert status == 0 and ("is finished" in out or "| byol_disc " in out), err
+    (tmp_path / "copy" / "run" / "eval.json").unlink()
+    for script, flags in [("byol_disc", FIVE), ("linear_eval", ["run"])]:
+        status, _, err = finish(script, tmp_path / "copy", *flags)
+        assert status == 2 and err.count("\n") == 1, err
+        assert err.startswith("error: run/checkpoint.pt: not a whole file of ours"), err

@@ -141,8 +141,8 @@ def add_langevin_flags(parser):
         help="augment: one more ordinary view instead, a control without an EBM")
 
 
-SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=8, batch_size=32,
-             schedule="cosine", ebm_iters=20, coeff=1.0, tau=0.95)
+SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
+             schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
 VERSION = 2                                               # without one, ade was what gan is now
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where, not what, a run is
 

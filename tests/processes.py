@@ -1,4 +1,5 @@
 """Scripts run in processes of their own, which begin with torch imported and can be killed."""
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -35,13 +36,16 @@ def work(script, flags, directory, moment, environment):
         return call
 
     common.append, common.os.replace = mortal(common.append), mortal(os.replace)
-    common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
+    common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, float(environment.get("SECONDS", -1))
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
     sys.argv = [script, *(TINY if script != "linear_eval" else []), *flags]
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")
-    common.launch(importlib.import_module(script).main)
+    try:
+        common.launch(importlib.import_module(script).main)
+    finally:
+        atexit._run_exitfuncs()                         # as at the end of a process of its own
 
 
 def start(script, directory, *flags, moment=None, **environment):

@@ -3,7 +3,6 @@ import importlib.util
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -82,17 +81,15 @@ def test_other_flags_are_refused(whole):
 def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     """And writes what it had only in memory: a checkpoint is due once a minute."""
     (tmp_path / "ebm.pt").write_bytes((whole[0] / "ebm.pt").read_bytes())
-    flags, log = [*processes.TINY, *FIVE], tmp_path / "run" / "log.jsonl"
-    process = subprocess.Popen([sys.executable, ROOT / "byol_disc.py", *flags], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (log.exists() and '"epoch": 2' in log.read_text()):
+    log = tmp_path / "run" / "log.jsonl"
+    process = processes.start("byol_disc", tmp_path, *FIVE, SECONDS="60")
+    while process.is_alive() and not (log.exists() and '"epoch": 2' in log.read_text()):
         time.sleep(0.002)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == ("stopped: the same command goes on from the last checkpoint, "
-                           "if there is one")
+    assert processes.wait(process) == 130
+    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
+                                             "checkpoint, if there is one")
     interrupted = weights(tmp_path)
     status, out, err = finish("byol_disc", tmp_path, *FIVE)
     assert status == 0, err

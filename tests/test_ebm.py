@@ -65,7 +65,10 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     steps = {"ade": 5, "cd": 15}[objective]
     assert flags == dict(steps=steps, step_size=10, noise_std=0.005, grad_clip=0.01)
     if objective == "ade":              # a quarter starts at noised images, the rest at G(z)
-        assert (x_0[6:] - 0.6 * x[:2]).min() >= 0 and (x_0[6:] - 0.6 * x[:2]).max() <= 0.4
+        noise = (x_0[6:] - 0.6 * x[:2]) / 0.4
+        assert noise.min() > -1e-5 and noise.max() < 1 + 1e-5
+        for image, uniform in [(noise, True), (x[:2], False)]:
+            assert (image.std().item() == pytest.approx(12 ** -0.5, abs=0.01)) == uniform
         assert (x_0[:6] - 0.5).abs().max() < 0.2
     step = [old - new.detach() for old, new in zip(before, d.parameters())]
 

@@ -57,6 +57,8 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     expected, wrong = gradient(5, weight), [gradient(2.5, weight), gradient(5, weight + 0.2)]
     sgd = torch.optim.SGD(d.parameters(), lr=1.0)
     before = [p.detach().clone() for p in d.parameters()]
+    for p in [*d.parameters(), *g.parameters()]:
+        p.grad = torch.ones_like(p)                     # of the step before
     if objective == "ade":
         common.ade_step(x, weight, d, sgd, g, torch.optim.SGD(g.parameters(), lr=0.0))
     else:
@@ -195,6 +197,8 @@ def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
     expected, wrong = gradient(x_s[:6], weight), [gradient(x_g, weight),
                                                   gradient(x_s[:6], weight + 5)]
     before = [p.detach().clone() for p in g.parameters()]
+    for p in g.parameters():
+        p.grad = torch.ones_like(p)                     # of the step before
     torch.manual_seed(5)
     common.ade_step(x, weight, d, torch.optim.SGD(d.parameters(), lr=0.0), g,
                     torch.optim.SGD(g.parameters(), lr=1.0))

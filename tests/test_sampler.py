@@ -54,6 +54,10 @@ def test_f_is_untouched_and_the_sample_detached():
     with torch.no_grad():                                           # the caller's
         sample = langevin(f, torch.rand(2, 3, 32, 32), 3, 10, 0.005)
     assert not sample.requires_grad and sample.grad_fn is None
+    start = torch.rand(2, 3, 32, 32)
+    langevin(f, start, 1, 10, 0.005)
+    assert not start.requires_grad                                  # nor is the start touched,
+    assert not langevin(f, 1 - start.requires_grad_(), 0, 10, 0.0).requires_grad    # or kept
     assert all(p.grad is None and p.requires_grad for p in f.parameters())
     assert all(torch.equal(value, before[name]) for name, value in f.state_dict().items())
     f.train()(sample)                                               # a control: this is seen

@@ -12,7 +12,7 @@
 E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; f the EBM's
 discriminator.
 
-    python byol_langevin.py --smoke         # drawn shapes, minutes on a CPU: 54 %, untrained 21
+    python byol_langevin.py --smoke         # drawn shapes, minutes on a CPU
     python byol_langevin.py --coeff 0.01    # the deck: 90.14 to 90.57 % after 1000 epochs
     python byol_langevin.py --coeff 0       # its baseline: 90.20 %
     python byol_langevin.py --use dataset   # the generated images as more training images

@@ -9,7 +9,7 @@
 E encoder, g projector; D(v) mean and variance of each channel of the last map of the EBM's
 discriminator (--layers all: of the last of each stage), standardised; g_D their projector.
 
-    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU: 85 %, untrained 21
+    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %
 """

@@ -10,7 +10,7 @@
 
 E encoder, g projector; f the EBM's discriminator.
 
-    python simclr_langevin.py --smoke       # drawn shapes, minutes on a CPU: 77 %, untrained 21
+    python simclr_langevin.py --smoke       # drawn shapes, minutes on a CPU
     python simclr_langevin.py --coeff 0.01  # the deck: 87.82 % after 1000 epochs
     python simclr_langevin.py --coeff 0     # its baseline: 91.81 %
     python simclr_langevin.py --use dataset # the generated images as more training images

@@ -186,10 +186,11 @@ def table(rows, untrained, split):
     flags = dict.fromkeys(flag for config in configs for flag in config)       # in their order
     values = {flag: [config[flag] for config in configs if flag in config] for flag in flags}
     shared = {flag: v[0] for flag, v in values.items() if all(value == v[0] for value in v)}
+    unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
     settings = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
-                     if flag not in shared.keys() | NOT_IDENTITY | {"script", "seed", "ebm"}]
+                     if flag not in shared.keys() | unshown]
         settings.setdefault(" ".join([config["script"], *differing]), []).append(result)
 
     def line(label, results):
@@ -206,7 +207,7 @@ def table(rows, untrained, split):
         if untrained and "untrained" in results[0]:
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
     caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()
-                        if flag not in {"seed", "ebm"})
+                        if flag == "script" or flag not in unshown | {"images"})
     return "\n".join([*lines, "", f"Accuracy in %, {split} split. All, where they have the flag: "
                       f"{caption}"])
 

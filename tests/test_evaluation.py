@@ -123,7 +123,8 @@ def test_table_joins_seeds_and_nothing_else():
     """Rows that differ in seed and EBM file: mean, standard deviation, n; other flags part them."""
     def run(seed, coeff, linear):
         accuracies = {"linear": linear, "knn5": 30.0, "knn_cosine": 40.0}
-        config = {"script": "byol_disc", "seed": seed, "ebm": f"{seed}.pt", "coeff": coeff}
+        config = {"script": "byol_disc", "seed": seed, "ebm": f"{seed}.pt", "coeff": coeff,
+                  "f": seed, "images": 7, "run_dir": f"runs/{seed}", "version": 2}
         return ({**config, "epochs": 5},
                 {**accuracies, "untrained": {**accuracies, "linear": 10.0 + seed}})
 

@@ -2,7 +2,6 @@
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,20 +41,22 @@ def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
     saved = torch.load(whole / "run" / "checkpoint.pt", weights_only=True)
     assert saved["schedule"]["last_epoch"] == 2 * (64 + 64) // 32       # steps over both halves
 
-
-    def kill_and_go_on(moment):
-        directory = tmp_path / str(moment)
-        directory.mkdir()
-        assert run("byol_langevin", directory, *BANK, moment=moment) == -9
-        states.add(frozenset(path.name for path in directory.glob("**/*")))
-        assert run("byol_langevin", directory, *BANK) == 0, (directory / "err").read_text()
-        assert same(tensors(directory), expected), f"killed at {moment}"
-        rows = [json.loads(x) for x in (directory / "run" / "log.jsonl").read_text().splitlines()]
-        assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
-        assert not list(directory.glob("**/*.new"))
-
-    with ThreadPoolExecutor(2) as two:
-        list(two.map(kill_and_go_on, moments))
+    for pair in zip(moments[::2], [*moments[1::2], None]):              # two at a time
+        directories = [tmp_path / str(moment) for moment in pair if moment]
+        for directory in directories:
+            directory.mkdir()
+        killed = [start("byol_langevin", directory, *BANK, moment=int(directory.name))
+                  for directory in directories]
+        assert {wait(process) for process in killed} == {-9}
+        states.update(frozenset(path.name for path in directory.glob("**/*"))
+                      for directory in directories)
+        resumed = [start("byol_langevin", directory, *BANK) for directory in directories]
+        for process, directory in zip(resumed, directories):
+            assert wait(process) == 0, (directory / "err").read_text()
+            assert same(tensors(directory), expected), f"killed at {directory.name}"
+            log = (directory / "run" / "log.jsonl").read_text().splitlines()
+            assert [row["epoch"] for row in map(json.loads, log) if "epoch" in row] == [1, 2]
+            assert not list(directory.glob("**/*.new"))
     begun = set().union(*states)
     assert {"ebm.pt.new", "config.json.new", "langevin.png.new", "chain.json.new",
             "generated.pt.new", "checkpoint.pt.new", "eval.json.new"} <= begun

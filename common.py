@@ -1416,7 +1416,8 @@ def set_up(args):
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     remedy = "start with torchrun, or unset its variables"
     if 0 < len(given) < len(names):
-        raise UserError(f"{', '.join(given)} without {', '.join({*names} - {*given})}: {remedy}")
+        missing = ", ".join(name for name in names if name not in given)
+        raise UserError(f"{', '.join(given)} without {missing}: {remedy}")
     try:
         if given and not dist.is_initialized():
             if not 0 <= int(given["RANK"]) < int(given["WORLD_SIZE"]):

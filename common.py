@@ -1434,6 +1434,10 @@ def set_up(args):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    old = args.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if old and getattr(args, "compile", False):
+        raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
+                        "leave it out")
     if args.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")              # TF32, as in convolutions

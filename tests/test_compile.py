@@ -2,6 +2,7 @@
 which takes minutes over an encoder on a CPU: TorchDynamo and the compiled backward passes are real.
 """
 import shutil
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import byol_disc
 import byol_langevin
 import simclr_disc
 import simclr_langevin
-from common import Discriminator, Encoder, compiled, draw_shapes, langevin, make_parser
+from common import (Discriminator, Encoder, UserError, compiled, draw_shapes, langevin, make_parser,
+                    set_up)
 from linear_eval import extract_features
 from test_methods import make
 
@@ -66,7 +68,18 @@ def test_losses_are_those_without(script, graphs, monkeypatch):
     assert len({round(value, 3) for value in expected}) == 4            # each step changes the loss
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_cpus_whose_compiled_gradients_are_nan_are_refused(monkeypatch):
+    for capability, device, refused in [("AVX2", "cpu", True), ("AVX512", "cpu", False),
+                                        ("AVX2", "meta", False)]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        with pytest.raises(UserError, match="--compile: ") if refused else nullcontext():
+            set_up(SimpleNamespace(device=device, compile=True))
+        set_up(SimpleNamespace(device=device, compile=False))
+
+
+@pytest.mark.skipif(not shutil.which("g++") or
+                    torch.backends.cpu.get_cpu_capability() == "AVX2", reason="no C++ compiler, or "
+                    "a CPU with AVX2 alone, which is refused")
 def test_a_chain_is_that_without():
     """f itself, by the code generator."""
     method = torch.nn.Module()

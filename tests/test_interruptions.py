@@ -65,18 +65,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
 
 
 def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
-    first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "9")
+    first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "20")
     await_file(tmp_path / "ebm.ebm" / "checkpoint.pt")
-    second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "9")
+    second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "20")
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
     assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 64
     out = (tmp_path / "out").read_text()
-    assert out.count("iteration 9/9 ") == 1 == out.count("ebm.ebm: waiting for the process")
+    assert out.count("iteration 20/20 ") == 1 == out.count("ebm.ebm: waiting for the process")
     assert not (tmp_path / "ebm.ebm" / "checkpoint.pt").exists()
 
 
 def test_two_processes_cannot_be_at_one_run(tmp_path):
-    flags = [*RUN, "--coeff", "0", "--epochs", "9"]
+    flags = [*RUN, "--coeff", "0", "--epochs", "20"]
     first = start("byol_disc", tmp_path, *flags)
     await_file(tmp_path / "run" / "checkpoint.pt")
     assert run("byol_disc", tmp_path, *flags) == 2 and wait(first) == 0

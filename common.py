@@ -848,7 +848,7 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
     D descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 + the terms of `discriminator_step`, whose penalty
     takes the place of IGEBM's spectral norm. Returns the meters.
     """
-    index = torch.randint(len(replay.images), (len(x),), device=x.device)
+    index = torch.randperm(len(replay.images), device=x.device)[:len(x)]           # distinct
     x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
     fresh = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
     x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **EBM_LANGEVIN)

@@ -174,7 +174,7 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     replay, starts, d = ReplayBuffer(1000), [], Discriminator(8)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
-    monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(shape[0]))
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
     monkeypatch.setattr(common, "discriminator_step", lambda *_: None)
     common.cd_step(torch.rand(1000, 3, 32, 32), 0, d, None, replay)
     fresh = starts[0].flatten(1).amax(1) > 0
@@ -301,6 +301,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
                  "--ebm-rotation", "0.5")
     monkeypatch.setattr(common, "adversarial_dynamics",
                         partial(common.adversarial_dynamics, steps=2))
+    monkeypatch.setattr(common, "ReplayBuffer", partial(ReplayBuffer, 100))
     images = common.training_images(args)
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()

@@ -14,7 +14,8 @@ LANGEVIN = [*RUN, "--steps", "2"]
 
 
 @pytest.mark.parametrize("script, flags, second_epoch", [
-    ("simclr_disc", RUN, 5), ("byol_langevin", LANGEVIN, 8)])           # both methods, both views
+    ("simclr_disc", RUN, 5), ("byol_disc", RUN, 5),
+    ("simclr_langevin", LANGEVIN, 8), ("byol_langevin", LANGEVIN, 8)])
 def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for directory in (whole, killed):

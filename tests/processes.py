@@ -3,6 +3,7 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -16,12 +17,15 @@ import linear_eval
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
-TINY = ["--dataset", "synthetic", "--subset", "128", "--width", "8", "--batch-size", "32",
+TINY = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--batch-size", "16",
         "--epochs", "2", "--ebm-iters", "2", "--precision", "fp32", "--ebm", "ebm.pt"]
 
 
-def work(script, flags, directory, moment, environment):
-    """Run the script's main, and die by SIGKILL at the `moment`-th renaming or log line."""
+def work(script, flags, directory, moment=None, environment={}):
+    """Run the script's main, and die by SIGKILL at the `moment`-th renaming or log line.
+
+    With "each", live, and leave what a kill at the n-th would have left in `directory`/../n.
+    """
     os.environ.update(environment)
     os.chdir(directory)
     torch.set_num_threads(1)
@@ -30,6 +34,8 @@ def work(script, flags, directory, moment, environment):
     def mortal(function):
         def call(*args):
             Path("moments").write_text(str(now := next(moments)))
+            if moment == "each":
+                shutil.copytree(".", f"../{now}")
             if now == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)

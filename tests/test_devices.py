@@ -9,6 +9,7 @@ import common
 import simclr_disc
 import simclr_langevin
 from common import draw_shapes, nt_xent
+from processes import CONTEXT, wait
 from test_methods import make
 
 SCRIPTS = [simclr_disc, byol_disc, simclr_langevin, byol_langevin]
@@ -67,7 +68,10 @@ def work(rank, folder, cut):
 
 
 def on_two_ranks(folder, cut=False):
-    torch.multiprocessing.spawn(work, (str(folder), cut), nprocs=2)
+    ranks = [CONTEXT.Process(target=work, args=(rank, folder, cut)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert [wait(rank) for rank in ranks] == [0, 0]
     return torch.load(folder / "results")
 
 

@@ -1,13 +1,15 @@
 """Whole runs on two ranks: one directory, killed and resumed, and ended by a rank that fails."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from conftest import ROOT
-from processes import TINY, ranks, wait
+import common
+import simclr_disc
+from processes import ranks, wait, work
 
 RUN = ["--run-dir", "run"]
 LANGEVIN = [*RUN, "--steps", "2"]
@@ -40,24 +42,24 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
     assert not all(torch.equal(expected[name], saved["model"][name]) for name in expected)
 
 
+@record
+def failing(directory):
+    steps, z_std = [], simclr_disc.z_std
+
+    def fail(z):
+        steps.append(1)
+        if len(steps) == 3 and common.rank() == 1:
+            raise RuntimeError("this rank fails at step 3")
+        return z_std(z)
+
+    simclr_disc.z_std = fail
+    work("simclr_disc", [*RUN, "--coeff", "0", "--epochs", "100"], directory)
+
+
 def test_a_rank_that_raises_ends_the_job(tmp_path):
-    (tmp_path / "failing.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import common, simclr_disc
-steps, z_std = [], simclr_disc.z_std
-
-def fail(z):
-    steps.append(1)
-    if len(steps) == 3 and common.rank() == 1:
-        raise RuntimeError("this rank fails at step 3")
-    return z_std(z)
-
-simclr_disc.z_std = fail
-common.launch(simclr_disc.main)
-""")
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "failing.py", *TINY, *RUN, "--coeff", "0", "--epochs", "100"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert job.returncode == 1 and "RuntimeError: this rank fails at step 3" in job.stderr
+    """By torchrun's own launcher, whose other rank waits for the one that fails."""
+    job = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                       start_method="forkserver", logs_specs=DefaultLogsSpecs(tmp_path / "logs"))
+    with pytest.raises(ChildFailedError, match="RuntimeError: this rank fails at step 3") as error:
+        elastic_launch(job, failing)(tmp_path)
+    assert error.value.get_first_failure()[1].local_rank == 1

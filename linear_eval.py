@@ -6,7 +6,8 @@
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
-seed, or their EBM, alone share a row: mean, standard deviation and number of runs.
+seed, or their EBM, alone share a row: mean, standard deviation and number of runs. Where they share
+seeds with the first row's, their paired differences to it follow, with the standard error.
 """
 import argparse
 from contextlib import contextmanager
@@ -181,7 +182,8 @@ def settings(config, flags):
 
 
 def table(rows, untrained, split):
-    """Markdown of [(config, accuracies)]: a line for each setting, over its seeds."""
+    """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
+    differences, paired by seed, to the first setting, where they share several."""
     configs = [config for config, _ in rows]
     flags = dict.fromkeys(flag for config in configs for flag in config)       # in their order
     values = {flag: [config[flag] for config in configs if flag in config] for flag in flags}
@@ -191,19 +193,26 @@ def table(rows, untrained, split):
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
                      if flag not in shared.keys() | unshown]
-        settings.setdefault(" ".join([config["script"], *differing]), []).append(result)
+        label = " ".join([config["script"], *differing])
+        settings.setdefault(label, []).append((config.get("seed"), result))
 
-    def line(label, results):
+    def line(label, results, divisor=1):
         cells = []
         for metric in METRICS:
             values = [result[metric] for result in results]
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            spread = f" ± {stdev(values) / divisor:.2f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.2f}{spread}")
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
     lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
-    for label, results in settings.items():
+    first = dict(next(iter(settings.values()), []))
+    for label, seeds in settings.items():
+        results = [result for _, result in seeds]
         lines.append(line(label, results))
+        pairs = [(result, first[seed]) for seed, result in seeds if seed in first]
+        if len(pairs) > 1 and len(lines) > 3:
+            differences = [{metric: a[metric] - b[metric] for metric in METRICS} for a, b in pairs]
+            lines.append(line("less the first, ± standard error", differences, len(pairs) ** 0.5))
         if untrained and "untrained" in results[0]:
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
     caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()

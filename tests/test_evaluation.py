@@ -137,6 +137,20 @@ def test_table_joins_seeds_and_nothing_else():
                          "script=byol_disc, epochs=5")
 
 
+def test_table_pairs_the_differences_by_seed():
+    def run(seed, coeff, linear):
+        return ({"script": "byol_disc", "seed": seed, "coeff": coeff},
+                {"linear": linear, "knn5": 2 * linear, "knn_cosine": 40.0})
+
+    rows = [run(0, 0.0, 50.0), run(1, 0.0, 60.0), run(2, 0.0, 70.0),
+            run(2, 1.0, 74.0), run(0, 1.0, 51.0), run(3, 1.0, 99.0), run(1, 1.0, 62.5),
+            run(1, 2.0, 9.0)]
+    lines = table(rows, False, "test").splitlines()
+    assert len(lines) == 8 and [line.count("less the first") for line in lines[2:6]] == [0, 0, 1, 0]
+    # 4, 1 and 2.5: mean 2.5, standard deviation 1.5, over the root of 3
+    assert "| 2.50 ± 0.87 | 5.00 ± 1.73 | 0.00 ± 0.00 | 3 |" in lines[4]
+
+
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_unlabelled_images_are_left_out(split, monkeypatch):
     """A third of the images has label -1, as in STL-10; the others' labels stay theirs."""

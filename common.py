@@ -991,7 +991,7 @@ def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
     saved = load(path, d=dict)
     if not isinstance(saved["config"].get("width"), int):
-        raise UserError(f"{path}: its width is not known; {NAME_ANOTHER}")
+        raise UserError(f"{path}: its width is not known; name another")
     d = Discriminator(saved["config"]["width"])
     load_into(d, saved["d"], path)
     return d.to(device).requires_grad_(False)
@@ -999,8 +999,6 @@ def load_ebm(path, device):
 
 # --- Files: whole or not at all, ours or refused; and lines on the terminal -------------------
 # The one place that writes, reads and locks; what a file holds is its caller's affair.
-
-NAME_ANOTHER = "name another, or remove it if it is one of ours, damaged"
 
 
 def save(path, config, done, state):
@@ -1032,34 +1030,29 @@ def append(path, row):
 
 
 def load(path, **kinds):
-    """The checkpoint or EBM in the file `path`, its entries of these kinds; or UserError."""
-    if not Path(path).exists():
+    """The dict in the file `path`, JSON or PyTorch's, its entries of these kinds; or UserError."""
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    return read(path, lambda: torch.load(path, map_location="cpu", weights_only=True),
-                config=dict, **kinds)
-
-
-def load_json(path, **kinds):
-    """The object in the JSON file `path`, its entries of these kinds; or UserError."""
-    return read(path, lambda: json.loads(path.read_text()), **kinds)
-
-
-def read(path, parse, **kinds):
-    """What `parse` makes of the file, a dict; UserError where it or an entry is something else."""
     try:
-        row = parse()
-        if not isinstance(row, dict):
-            raise ValueError(f"it is a {type(row).__name__}")
-        wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
-        reason = f"it has no {wrong[0]}" if wrong else ""
-        config = row.get("config", row)
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            kinds = {"config": dict, **kinds}
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}")
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"it has no {name}")
+        config = content.get("config", content)
         if config.get("ebm_objective") == "ade" and "version" not in config:
-            reason = "of older code, whose --ebm-objective ade is gan now"
+            raise ValueError("of older code, whose --ebm-objective ade is gan now")
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__
-    if reason:
-        raise UserError(f"{path}: not a whole file of ours ({reason}); {NAME_ANOTHER}")
-    return row
+        raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
+                        "if it is one of ours, damaged") from None
+    return content
 
 
 def load_into(part, state, path):
@@ -1145,7 +1138,7 @@ class Training:
         made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
         path = self.path / "config.json"
         if path.exists() and any(path.with_name(name).exists() for name in made):
-            same_config(self.path, load_json(path), self.config)
+            same_config(self.path, load(path), self.config)
 
     def open(self, wait=False):
         """Make the directory and, until `close` or the process ends, keep others out of it."""
@@ -1260,7 +1253,7 @@ class Run(Training):
         self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
             accuracies = dict(linear=float, knn5=float, knn_cosine=float)
-            result = load_json(self.path / "eval.json", **accuracies, untrained=dict)
+            result = load(self.path / "eval.json", **accuracies, untrained=dict)
             show(f"{self.path} is finished")
             show_accuracies(result)
             sys.exit()
@@ -1413,23 +1406,20 @@ def mean_of(rows, ranks=1):
 def set_up(args):
     """Join the ranks that torchrun started, if it did, and check the device."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    remedy = "start with torchrun, or unset its variables"
-    if 0 < len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise UserError(f"{', '.join(given)} without {missing}: {remedy}")
     try:
-        if given and not dist.is_initialized():
-            if not 0 <= int(given["RANK"]) < int(given["WORLD_SIZE"]):
-                raise ValueError(f"RANK {given['RANK']} of WORLD_SIZE {given['WORLD_SIZE']}")
+        if any(map(os.environ.get, names)) and not dist.is_initialized():
+            number, ranks, local = (int(os.environ[name]) for name in names[:3])
+            if not 0 <= number < ranks:
+                raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may train an EBM
             if backend == "nccl":
-                args.device = f"cuda:{int(given['LOCAL_RANK'])}"
+                args.device = f"cuda:{local}"
                 torch.cuda.set_device(args.device)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other ranks, {str(error).splitlines()[0]}: {remedy}") \
-            from None
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other ranks by {', '.join(names)} "
+                        f"({str(error).splitlines()[0]}): start with torchrun, or unset its "
+                        "variables") from None
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:

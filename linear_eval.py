@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, ebm_networks,
-                    has_test, launch, load, load_ebm, load_images, load_into, load_json, seed_of,
-                    set_up, show, standardise, training_images, write_json)
+                    has_test, launch, load, load_ebm, load_images, load_into, seed_of, set_up,
+                    show, standardise, training_images, write_json)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -137,12 +137,12 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 def evaluate_run(path, flags):
     """A run's config and accuracies: from its eval.json where that has them, else computed."""
-    config = load_json(path / "config.json", script=str, dataset=str, data_dir=str, width=int,
+    config = load(path / "config.json", script=str, dataset=str, data_dir=str, width=int,
                        seed=int, precision=str, epochs=int)
     args = settings(config, flags)
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
-        return config, load_json(done, untrained=dict, **dict.fromkeys(METRICS, float))
+        return config, load(done, untrained=dict, **dict.fromkeys(METRICS, float))
     saved = load(path / "checkpoint.pt", done=int, model=dict)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     encoder = Encoder(args.width)
@@ -240,7 +240,7 @@ def main():
             rows += evaluate_ebm(path, args)
         elif not (path / "config.json").exists():
             raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
-        elif "script" not in load_json(path / "config.json"):
+        elif "script" not in load(path / "config.json"):
             show(f"{path}: left out, the log of an EBM; the EBM is {path.with_suffix('.pt')}")
         elif not any((path / name).exists() for name in ("eval.json", "checkpoint.pt")):
             show(f"{path}: left out, it has no checkpoint yet")

@@ -292,6 +292,6 @@ def test_an_ade_of_before_is_refused(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"ebm_objective": "ade"}')
     with pytest.raises(UserError, match="config.json: .*ade is gan now"):
-        common.load_json(config)
+        common.load(config)
     config.write_text('{"ebm_objective": "ade", "version": 2}')
-    assert common.load_json(config)["version"] == args.version == 2
+    assert common.load(config)["version"] == args.version == 2

@@ -82,7 +82,7 @@ def make_parser(doc, training=True):
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
         help="train on this many images; 0: all. The probe has the labels of all")
-    add("--width", type=number(int, 8), default=64,
+    add("--width", type=number(int, 8, 1024), default=64,
         help="channels of each network's narrowest stage, the others grow with it; at least 8, as "
              "some CPUs' kernels corrupt memory with fewer")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
@@ -111,7 +111,7 @@ def make_parser(doc, training=True):
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
     add("--schedule", choices=["step", "cosine"], default="step",
         help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
-    add("--emb", type=number(int, 1), default=64, help="dimension of the embedding z")
+    add("--emb", type=number(int, 1, 2**16), default=64, help="dimension of the embedding z")
     add("--run-dir", help="where the run is kept; None: in runs/, by its flags")
     add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
     add("--compile", action="store_true",
@@ -243,16 +243,16 @@ def load_images(dataset, data_dir, split):
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    source = getattr(torchvision.datasets, dataset.upper())
     parts = {"train": "train+unlabeled", "test": "test"} if dataset == "stl10" else {
         "train": True, "test": False}
     try:
+        source = getattr(torchvision.datasets, dataset.upper())
         try:
             data = source(data_dir, parts[split])
         except RuntimeError:                                         # it is not there
             with lock(Path(data_dir) / f"{dataset}.lock"):           # several ranks or runs may ask
                 data = source(data_dir, parts[split], download=True)
-    except (OSError, RuntimeError) as error:
+    except (AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
     if dataset == "stl10":
@@ -266,7 +266,8 @@ def load_images(dataset, data_dir, split):
 def read_folder(root, split):
     """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
 
-    Hidden files are left out; so are those not named like an image, and a printed line says so.
+    What is hidden is left out; so are files of no class or not named like an image, and a printed
+    line says so.
     """
     train, known, others = root / "train", Image.registered_extensions(), []
 
@@ -275,9 +276,10 @@ def read_folder(root, split):
 
     def is_image(path):
         path = Path(path)
-        if path.suffix.lower() not in known and not path.name.startswith("."):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.suffix.lower() not in known and not hidden:
             others.append(path)
-        return path.suffix.lower() in known and not path.name.startswith(".")
+        return path.suffix.lower() in known and not hidden
 
     classes = {name: label for label, name in enumerate(subfolders(train))}
     if not classes:
@@ -289,10 +291,12 @@ def read_folder(root, split):
                              allow_empty=split != "train")
     except FileNotFoundError as error:
         raise UserError(f"{train}: {error}Add some, or remove the class") from None
+    others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
     if not files:
         raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
     if others:
-        show(f"{root / split}: {len(others)} left out that are no images, {others[0]} the first")
+        show(f"{root / split}: {len(others)} left out that are no images of a class, {others[0]} the "
+             "first")
 
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
@@ -862,7 +866,8 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty
     """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
 
     D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
-    rotation_weight times the rotation loss.
+    rotation_weight times the rotation loss. The meter `clamped` is the share of grad f(x_s) that
+    `langevin` would clamp.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
@@ -989,9 +994,7 @@ def get_ebm(images, args):
 
 def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
-    saved = load(path, d=dict)
-    if not isinstance(saved["config"].get("width"), int):
-        raise UserError(f"{path}: its width is not known; name another")
+    saved = load(path, d=dict, config={"width": int})
     d = Discriminator(saved["config"]["width"])
     load_into(d, saved["d"], path)
     return d.to(device).requires_grad_(False)
@@ -1030,7 +1033,10 @@ def append(path, row):
 
 
 def load(path, **kinds):
-    """The dict in the file `path`, JSON or PyTorch's, its entries of these kinds; or UserError."""
+    """The dict in the file `path`, JSON or PyTorch's, with entries of these kinds; or UserError.
+
+    A kind is a type, or a dict of the kinds within that entry.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
@@ -1039,20 +1045,26 @@ def load(path, **kinds):
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            kinds = {"config": dict, **kinds}
-        if not isinstance(content, dict):
-            raise ValueError(f"it is a {type(content).__name__}")
-        for name, kind in kinds.items():
-            if not isinstance(content.get(name), kind):
-                raise ValueError(f"it has no {name}")
-        config = content.get("config", content)
-        if config.get("ebm_objective") == "ade" and "version" not in config:
-            raise ValueError("of older code, whose --ebm-objective ade is gan now")
+            kinds = {"config": {}, **kinds}
+        check_kinds(content, kinds)
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
                         "if it is one of ours, damaged") from None
+    config = content.get("config", content)
+    if config.get("ebm_objective") == "ade" and "version" not in config:
+        raise UserError(f"{path}: of older code, its --ebm-objective ade is gan now; name another")
     return content
+
+
+def check_kinds(content, kinds):
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a {type(content).__name__}")
+    for name, kind in kinds.items():
+        if isinstance(kind, dict) and isinstance(content.get(name), dict):
+            check_kinds(content[name], kind)
+        elif isinstance(kind, dict) or not isinstance(content.get(name), kind):
+            raise ValueError(f"it has no {name}")
 
 
 def load_into(part, state, path):
@@ -1070,7 +1082,8 @@ def same_config(path, saved, wanted):
         if flag in NOT_IDENTITY or saved.get(flag) == value:
             continue
         if flag in CHECKSUMS:
-            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir or --ebm")
+            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir, --ebm or "
+                            "--data-dir")
         raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
                         f"{value}; use the same flags, or another --run-dir or --ebm")
 
@@ -1130,34 +1143,44 @@ class Training:
 
     def __init__(self, path, config):
         self.path, self.config, self.ranks = Path(path), config, 1
-        self.lock = self.unwritten = None
+        self.lock = self.unwritten = self.opened = None
         self.check()
 
     def check(self):
         """UserError where the directory holds what was made with another config."""
         made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
         path = self.path / "config.json"
-        if path.exists() and any(path.with_name(name).exists() for name in made):
-            same_config(self.path, load(path), self.config)
+        if path.exists():
+            saved = load(path, version=int)
+            if any(path.with_name(name).exists() for name in made):
+                same_config(self.path, saved, self.config)
 
-    def open(self, wait=False):
+    def hold(self, wait=False):
         """Make the directory and, until `close` or the process ends, keep others out of it."""
-        if rank() > 0 or self.lock is not None:
-            return
-        self.lock = lock(self.path / ".lock", "" if wait else f"{self.path}: another process is at "
-                         "this run; wait for it, or name another --run-dir")
-        self.check()
-        write_json(self.path / "config.json", self.config)
-        atexit.register(self.close)
+        if rank() == 0 and self.lock is None:
+            self.lock = lock(self.path / ".lock", "" if wait else f"{self.path}: another process "
+                             "is at this run; wait for it, or name another --run-dir")
+            atexit.register(self.close)
+
+    def open(self):
+        """Hold the directory, and note in it what is made there."""
+        self.hold()
+        if rank() == 0 and not self.opened:
+            self.check()
+            write_json(self.path / "config.json", self.config)
+            self.opened = True
 
     def close(self):
         """Write the checkpoint that is only in memory, if there is one, and let others in."""
         atexit.unregister(self.close)
-        self.write_checkpoint()
+        try:
+            self.write_checkpoint()
+        except UserError as error:                        # the process may be ending already
+            print(f"error: {error}", file=sys.stderr)
         self.lock.close()
 
     def __enter__(self):
-        self.open(wait=True)
+        self.hold(wait=True)
         return self
 
     def __exit__(self, *_):
@@ -1187,8 +1210,8 @@ class Training:
                 raise
             if rank() == 0:
                 append(self.path / "log.jsonl", row)
-                self.unwritten = deepcopy({"config": self.config, "done": end, **{
-                    name: trained_state(part) for name, part in state.items()}})
+                self.unwritten = deepcopy({"config": self.config, "done": end, "ranks": self.ranks,
+                                           **{k: trained_state(v) for k, v in state.items()}})
                 if end == total or time.time() > self.written + CHECKPOINT_SECONDS:
                     self.write_checkpoint()
             left = (time.time() - began) / (end - first) * (total - end)
@@ -1199,9 +1222,10 @@ class Training:
         self.rows.append({name: value.detach() for name, value in terms.items()})
 
     def write_checkpoint(self):
-        if self.unwritten is not None:
-            write_whole(self.path / "checkpoint.pt", partial(torch.save, self.unwritten))
-            self.unwritten, self.written = None, time.time()
+        content, self.unwritten = self.unwritten, None    # tried once, even if the disk is full
+        if content is not None:
+            write_whole(self.path / "checkpoint.pt", partial(torch.save, content))
+            self.written = time.time()
 
     def restore(self, state):
         """Load the checkpoint, if there is one, into `state`; returns how much was done, or 0."""
@@ -1210,6 +1234,9 @@ class Training:
             return 0
         saved = load(path, done=int, **dict.fromkeys(state, dict))
         same_config(path, saved["config"], self.config)
+        if saved.get("ranks", 1) != self.ranks:
+            raise UserError(f"{path}: made on {saved['ranks']} ranks, not {self.ranks}; start as "
+                            "many, or name another --run-dir")
         for name, part in state.items():
             frozen = part.state_dict().keys() - trained_state(part).keys()
             load_into(part, {**saved[name], **{k: part.state_dict()[k] for k in frozen}}, path)
@@ -1228,10 +1255,14 @@ def start_log(path, counter, done):
     if path.exists():
         try:
             lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
+            if lines and "argv" not in json.loads(lines[0]):
+                raise ValueError("the first has no argv")
             kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: a line is not ours ({error}); mend or remove it") from None
-        return write_whole(path, lambda file: file.write_text(kept))
+        if done > 0:
+            return write_whole(path, lambda file: file.write_text(kept))
+        path.unlink()
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip() or None
@@ -1252,8 +1283,7 @@ class Run(Training):
         super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
         self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
-            accuracies = dict(linear=float, knn5=float, knn_cosine=float)
-            result = load(self.path / "eval.json", **accuracies, untrained=dict)
+            result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
             show(f"{self.path} is finished")
             show_accuracies(result)
             sys.exit()
@@ -1274,6 +1304,8 @@ class Run(Training):
         """The frozen f of the run's EBM, trained first if there is none; None without one."""
         if not needs_ebm(self.args):
             return None
+        if not Path(self.args.ebm).exists():
+            self.hold()                                   # as soon as it can take long
         f = get_ebm(images, self.args)
         self.config["f"] = checksum(*f.state_dict().values())
         self.check()
@@ -1380,6 +1412,9 @@ class Run(Training):
         barrier()
 
 
+ACCURACIES = dict(linear=float, knn5=float, knn_cosine=float)            # in eval.json, in %
+
+
 def show_accuracies(result):
     for name, row in [("trained", result), ("untrained", result["untrained"])]:
         show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
@@ -1421,11 +1456,12 @@ def set_up(args):
                         f"({str(error).splitlines()[0]}): start with torchrun, or unset its "
                         "variables") from None
     try:
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    old = args.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if old and getattr(args, "compile", False):
+    on_cpu = torch.device(args.device).type == "cpu"
+    if (on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
+            and getattr(args, "compile", False)):
         raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
                         "leave it out")
     if args.device.startswith("cuda"):
@@ -1511,9 +1547,9 @@ def autocast(args):
 def main():
     parser = make_parser("Train the EBM alone; the scripts then load it.", training=False)
     args = parse_flags(parser)
-    if Path(args.ebm).exists():
+    if rank() == 0 and Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    train_ebm(training_images(args), args)
+    get_ebm(training_images(args), args)
     show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")
 
 

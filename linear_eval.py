@@ -19,9 +19,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, ebm_networks,
-                    has_test, launch, load, load_ebm, load_images, load_into, seed_of, set_up,
-                    show, standardise, training_images, write_json)
+from common import (ACCURACIES, NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, checksum,
+                    ebm_networks, has_test, launch, load, load_ebm, load_images, load_into,
+                    same_config, seed_of, set_up, show, standardise, training_images, world_size,
+                    write_json)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -136,14 +137,15 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 
 def evaluate_run(path, flags):
-    """A run's config and accuracies: from its eval.json where that has them, else computed."""
+    """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
     config = load(path / "config.json", script=str, dataset=str, data_dir=str, width=int,
                        seed=int, precision=str, epochs=int)
     args = settings(config, flags)
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
-        return config, load(done, untrained=dict, **dict.fromkeys(METRICS, float))
+        return [(config, load(done, **ACCURACIES, untrained=ACCURACIES))]
     saved = load(path / "checkpoint.pt", done=int, model=dict)
+    same_images(path, config, args)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     encoder = Encoder(args.width)
     load_into(encoder, {name.removeprefix("encoder."): value for name, value
@@ -154,16 +156,16 @@ def evaluate_run(path, flags):
             write_json(done, result)
         except UserError as error:                        # it may be somebody else's
             show(str(error))
-    return {**config, "epochs": saved["done"]}, result
+    return [({**config, "epochs": saved["done"]}, result)]
 
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    d, config = load_ebm(path, flags.device), load(path)["config"]
+    config = load(path, config=dict(dataset=str, data_dir=str, subset=int, seed=int, precision=str,
+                                    ebm_objective=str, ebm_iters=int))["config"]
     args = settings(config, flags)
-    networks = {"": d}
+    networks, images = {"": load_ebm(path, flags.device)}, same_images(path, config, args)
     if flags.untrained:
-        images = training_images(args)
         torch.manual_seed(seed_of(args.seed))
         networks[", untrained"] = bake(ebm_networks(args)["d"])
         standardise(networks[", untrained"], images, args)
@@ -173,6 +175,13 @@ def evaluate_ebm(path, flags):
             encode = partial(network.features, layers=layers)
             yield ({"script": f"{path}{name}", "layers": layers},
                    evaluate(network, args, encode, split=flags.split))
+
+
+def same_images(path, config, args):
+    """The training images of a run or an EBM; UserError where they are others now."""
+    images = training_images(args)
+    same_config(path, config, {"images": checksum(images)})
+    return images
 
 
 def settings(config, flags):
@@ -221,6 +230,20 @@ def table(rows, untrained, split):
                       f"{caption}"])
 
 
+def why_left_out(path):
+    """Why there is nothing to evaluate at a path, though it is one of ours; "" if there is."""
+    if path.suffix == ".new":
+        return "a write that was cut off"
+    if not (path / "config.json").exists() and (path / ".lock").exists():
+        return "it has not begun"
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
+    if "script" not in load(path / "config.json"):
+        return f"the log of an EBM; the EBM is {path.with_suffix('.pt')}"
+    begun = any((path / name).exists() for name in ("eval.json", "checkpoint.pt"))
+    return "" if begun else "it has no checkpoint yet"
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, files of EBMs")
@@ -234,20 +257,26 @@ def main():
                         help="torch device")
     args = parser.parse_args()
     set_up(args)
-    rows = []
-    for path in dict.fromkeys(args.paths):
-        if path.suffix == ".pt":
-            rows += evaluate_ebm(path, args)
-        elif not (path / "config.json").exists():
-            raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
-        elif "script" not in load(path / "config.json"):
-            show(f"{path}: left out, the log of an EBM; the EBM is {path.with_suffix('.pt')}")
-        elif not any((path / name).exists() for name in ("eval.json", "checkpoint.pt")):
-            show(f"{path}: left out, it has no checkpoint yet")
+    if world_size() > 1:
+        raise UserError("linear_eval.py: computes on one device; start it without torchrun")
+    jobs, rows, problems = [], [], []
+    for path in dict.fromkeys(args.paths):                # what is wrong with a name shows now
+        if path.suffix == ".pt" and path.exists():
+            jobs.append((evaluate_ebm, path))
+        elif reason := why_left_out(path):
+            show(f"{path}: left out, {reason}")
         else:
-            rows.append(evaluate_run(path, args))
+            jobs.append((evaluate_run, path))
+    for evaluate_one, path in jobs:
+        try:
+            rows += [row for row in evaluate_one(path, args) if row[1]]
+        except UserError as error:                        # the others' work is not lost
+            problems.append(str(error))
     show("", passing=True)
-    print(table([row for row in rows if row[1]], args.untrained, args.split))
+    if rows or not problems:
+        print(table(rows, args.untrained, args.split))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 if __name__ == "__main__":

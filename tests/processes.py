@@ -17,8 +17,9 @@ import linear_eval
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
-TINY = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--batch-size", "16",
-        "--epochs", "2", "--ebm-iters", "2", "--precision", "fp32", "--ebm", "ebm.pt"]
+EBM = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--ebm-iters", "2",
+       "--precision", "fp32", "--ebm", "ebm.pt"]
+TINY = [*EBM, "--batch-size", "16", "--epochs", "2"]
 
 
 def work(script, flags, directory, moment=None, environment={}):
@@ -45,7 +46,7 @@ def work(script, flags, directory, moment=None, environment={}):
     common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, float(environment.get("SECONDS", -1))
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
-    sys.argv = [script, *(TINY if script != "linear_eval" else []), *flags]
+    sys.argv = [script, *{"common": EBM, "linear_eval": []}.get(script, TINY), *flags]
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")
     try:

@@ -1,7 +1,8 @@
-"""--compile: the same losses, weights of the same names. Without the C++ code generator, which takes
-minutes over an encoder on a CPU: TorchDynamo and, for the script that has the most graphs, the
-compiled backward passes are real.
+"""--compile: the same losses, weights of the same names. Mostly without the C++ code generator,
+which takes minutes over an encoder on a CPU: TorchDynamo and, for the script that has the most
+graphs, the compiled backward passes are real.
 """
+import os
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -15,7 +16,8 @@ import byol_disc
 import byol_langevin
 import simclr_disc
 import simclr_langevin
-from common import Encoder, UserError, compiled, draw_shapes, make_parser, set_up
+from common import (Discriminator, Encoder, UserError, compiled, draw_shapes, langevin, make_parser,
+                    set_up)
 from linear_eval import extract_features
 from test_methods import make
 
@@ -70,12 +72,26 @@ def test_losses_are_those_without(script, graphs, backend, monkeypatch):
 
 
 def test_cpus_whose_compiled_gradients_are_nan_are_refused(monkeypatch):
-    for capability, device, refused in [("AVX2", "cpu", True), ("AVX512", "cpu", False),
-                                        ("AVX2", "meta", False)]:
+    for capability, device, refused in [("AVX2", "cpu", True), ("AVX2", "cpu:0", True),
+                                        ("AVX512", "cpu", False), ("AVX2", "meta", False)]:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))    # is there
         with pytest.raises(UserError, match="--compile: ") if refused else nullcontext():
             set_up(SimpleNamespace(device=device, compile=True))
         set_up(SimpleNamespace(device=device, compile=False))
+
+
+@pytest.mark.skipif("INDUCTOR" not in os.environ, reason="half a minute for a C++ compiler; "
+                    "INDUCTOR=1 in the environment asks for it")
+def test_a_chain_by_the_code_generator_is_that_without():
+    method = torch.nn.Module()
+    method.f = Discriminator(8).requires_grad_(False)
+    x = torch.rand(4, 3, 32, 32)
+    expected = langevin(method.f, x, 3, 10, 0.0)
+    assert (expected - x).abs().max() > 1e-3
+    compiled(method, YES)
+    assert torch.allclose(langevin(method.f, x, 3, 10, 0.0), expected, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_it_is_off_by_default():

@@ -1,5 +1,6 @@
 """Image folders, drawn shapes, subsets."""
 import struct
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -52,11 +53,14 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     (apple / ".hidden").write_text("not an image")
     (apple / "notes.txt").write_text("not an image")
     (folder / "train" / ".cache").mkdir()
+    (apple / ".ipynb_checkpoints").mkdir()
+    write(apple / ".ipynb_checkpoints" / "gray-checkpoint.png", np.full((9, 9), 60, np.uint8))
+    write(folder / "train" / "loose.png", np.full((9, 9), 60, np.uint8))
     images, labels = load_images("folder", folder, "train")
     assert labels.tolist() == [0] * 8 + [1] * 3
     assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
     assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
-    assert "1 left out that are no images, " in capsys.readouterr().out
+    assert "2 left out that are no images of a class, " in capsys.readouterr().out
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -120,6 +124,25 @@ def test_only_the_orientation_of_the_metadata_matters(tmp_path, kind):
     if kind != "tiff":                                                  # whose tags are its pixels'
         upright.save(path, exif=b"Exif\0\0nonsense")
         assert read_image(path).shape == (32, 32, 3)
+
+
+def test_cifar10_and_stl10_as_torchvision_holds_them(monkeypatch):
+    """Images (N, H, W, 3) there and (N, 3, 96, 96) here; -1 is the label of STL-10's unlabelled."""
+    data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3)
+    large = np.repeat(np.arange(200, dtype=np.uint8), 3 * 96 * 96).reshape(200, 3, 96, 96)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train: SimpleNamespace(
+        data=data, targets=[3, 1, 4, 1 + train]))
+    monkeypatch.setattr(torchvision.datasets, "STL10", lambda root, split: SimpleNamespace(
+        data=large, labels=np.arange(200) % 3 - (split == "train+unlabeled")))
+    for split, last in [("train", 2), ("test", 1)]:
+        images, labels = load_images("cifar10", "nowhere", split)
+        assert (images.numpy() == data.transpose(0, 3, 1, 2)).all() and images.is_contiguous()
+        assert labels.tolist() == [3, 1, 4, last] and labels.dtype == torch.int64
+        images, labels = load_images("stl10", "nowhere", split)
+        assert images.shape == (200, 3, 32, 32) and images[:, 0, 0, 0].tolist() == [*range(200)]
+        assert (images == images[:, :1, :1, :1]).all() and labels.min() == (-1 if last == 2 else 0)
+    with pytest.raises(UserError, match="--dataset mnist3: cannot"):
+        load_images("mnist3", "nowhere", "train")
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ def test_generator_and_eps_descend_energy_kinetic_energy_and_minus_entropy(tmp_p
     def close(to):
         return all((a - b).norm() < 2e-2 * b.norm() + 1e-7 for a, b in zip(step, to))
     assert close(expected) and not any(map(close, wrong))
-    assert any(p.requires_grad for p in state["d"].parameters())
+    assert all(p.requires_grad for p in state["d"].parameters())
     assert meters["kinetic"].item() == pytest.approx(kinetic.item(), rel=1e-2)
     (start, p_0, eps), = seen
     assert torch.allclose(start, x_0.detach(), atol=1e-6) and eps is g.eps and eps.requires_grad
@@ -287,7 +287,7 @@ def test_an_ade_of_before_is_refused(tmp_path):
     del config["version"]
     common.save(path, config, 1, network)
     for read in [lambda: common.get_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
-        with pytest.raises(UserError, match="ebm.pt: .*older code, whose .* ade is gan now"):
+        with pytest.raises(UserError, match="ebm.pt: .*older code, its .* ade is gan now"):
             read()
     config = tmp_path / "config.json"
     config.write_text('{"ebm_objective": "ade"}')

@@ -77,10 +77,13 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
     assert not (tmp_path / "ebm.ebm" / "checkpoint.pt").exists()
 
 
-def test_two_processes_cannot_be_at_one_run(tmp_path):
-    flags = [*RUN, "--coeff", "0", "--epochs", "5"]
+@pytest.mark.parametrize("flags, file", [
+    (["--coeff", "0", "--epochs", "5"], "run/checkpoint.pt"),
+    (["--ebm-iters", "5"], "ebm.ebm/checkpoint.pt")])       # known before the EBM is trained
+def test_two_processes_cannot_be_at_one_run(flags, file, tmp_path):
+    flags = [*RUN, *flags]
     first = start("byol_disc", tmp_path, *flags)
-    with halted(first, tmp_path / "run" / "checkpoint.pt"):
+    with halted(first, tmp_path / file):
         assert run("byol_disc", tmp_path, *flags) == 2
     assert wait(first) == 0
     err = (tmp_path / "err").read_text()

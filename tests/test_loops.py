@@ -103,7 +103,7 @@ def same(saved, method):
     return all(torch.equal(value, saved["model"][name]) for name, value in learned.items())
 
 
-RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3"),
+RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3 --eval-every 1"),
         (simclr_disc, "--coeff 0 --schedule cosine --precision bf16"),
         (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --schedule cosine --precision bf16"),
         (simclr_langevin, "--coeff 0.5 --steps 2 --schedule cosine --precision bf16"),
@@ -132,6 +132,8 @@ def test_a_run_is_a_plain_loop(script, flags, program):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
         assert row["lr"] == pytest.approx(lr_at(6 * i, args)) and row["epoch"] == i + 1
     result = json.loads(open("run/eval.json").read())
+    assert [row.get("knn5", 0) > 0 for row in rows] == 2 * [args.eval_every == 1]
+    assert rows[1].get("knn5", result["knn5"]) == result["knn5"]
     torch.manual_seed(args.seed)
     for values, encoder in [(result, method.encoder), (result["untrained"], Encoder(8))]:
         (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)

@@ -46,7 +46,9 @@ def refused(program, flags, monkeypatch, capsys):
 
 
 CASES = [
-    (ALL, "--width 7", "--width"), (ALL, "--width 8.5", "--width"), (ALL, "--seed -1", "--seed"),
+    (ALL, "--width 7", "--width"), (ALL, "--width 1025", "--width"),
+    (ALL, "--device meta", "--device meta"), (TRAINING, "--emb 10000000000000", "--emb"),
+    (ALL, "--width 8.5", "--width"), (ALL, "--seed -1", "--seed"),
     (ALL, "--seed 9999999999999999999", "--seed"), (ALL, "--subset -1", "--subset"),
     (ALL, "--subset 5001", "--subset 5001"), (ALL, "--ebm-iters -1", "--ebm-iters"),
     (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective vae", "--ebm-objective"),
@@ -61,7 +63,7 @@ CASES = [
     (TRAINING, "--run-dir file", "file is not a directory; name another"),
     (TRAINING, f"--run-dir {250 * 'x'}", "too long a name; name another --run-dir"),
     (ALL, f"--ebm {250 * 'x'}.pt", "too long a name; name another --ebm"),
-    (TRAINING, f"--epochs {10 ** 99} --emb {10 ** 99}", "too long a name; name another --run-dir"),
+    (TRAINING, f"--epochs {10 ** 240}", "too long a name; name another --run-dir"),
     (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 65", "--batch-size 65"),
     (TRAINING, "--lr inf", "--lr"), (TRAINING, "--lr -1", "--lr"), (TRAINING, "--emb 0", "--emb"),
     (TRAINING, "--coeff -0.1", "--coeff"), (TRAINING, "--coeff nan", "--coeff"),
@@ -108,7 +110,7 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
                   monkeypatch, capsys)
     assert "run/checkpoint.pt" in err and (named in err or "it has no done" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
-    assert "ebm.pt" in err and (named in err or "it has no d)" in err)
+    assert "ebm.pt" in err and (named in err or "it has no d" in err)
     assert not (tmp_path / "code was run").exists()
 
 
@@ -175,7 +177,8 @@ DAMAGE = {
     "checkpoint.pt": [b"", b"PK\3\4 truncated"],
     "config.json": [b"", b"[1]", b"\xff"],
     "log.jsonl": [b"epoch 1\n", b"5\n", b'{"epoch": "1"}\n', b"\xff\n"],
-    "eval.json": [b"", b"[]", b"{}", b'{"linear": "50"}'],
+    "eval.json": [b"", b"[]", b"{}", b'{"linear": "50"}',
+                  b'{"linear": 1.0, "knn5": 1.0, "knn_cosine": 1.0, "untrained": {}}'],
 }
 
 

@@ -42,6 +42,14 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
     assert not all(torch.equal(expected[name], saved["model"][name]) for name in expected)
 
 
+def test_the_ebm_alone_on_two_ranks(tmp_path):
+    assert [wait(rank) for rank in ranks("common", tmp_path)] == [0, 0], (
+        tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text().count("iteration 2/2 ") == 1
+    assert [wait(rank) for rank in ranks("linear_eval", tmp_path, "ebm.pt")] == [2, 2]
+    assert "without torchrun" in (tmp_path / "err").read_text()
+
+
 @record
 def failing(directory):
     steps, z_std = [], simclr_disc.z_std

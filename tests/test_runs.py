@@ -17,7 +17,7 @@ import processes
 from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
 from conftest import ROOT
 
-FIVE = ["--epochs", "5", "--run-dir", "run"]
+FIVE, MADE = ["--epochs", "5", "--run-dir", "run"], {"version": 2}
 
 
 def finish(script, directory, *flags):
@@ -138,12 +138,60 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
 
 
 def test_a_checkpoint_of_other_code_is_refused(tmp_path):
-    training = Training(tmp_path, {})
-    save(tmp_path / "checkpoint.pt", {}, 1, {"model": torch.nn.Linear(2, 2)})
+    training = Training(tmp_path, MADE)
+    save(tmp_path / "checkpoint.pt", MADE, 1, {"model": torch.nn.Linear(2, 2)})
     assert training.restore({"model": torch.nn.Linear(2, 2)}) == 1
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
         with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
             training.restore({"model": other})
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    training, model = Training(tmp_path, MADE), torch.nn.Linear(2, 2)
+    for _ in training.rounds("epoch", 1, 1, lambda start: (start,), str, {"model": model}):
+        training.log(loss=torch.tensor(1.0))
+    training.ranks = 2
+    with pytest.raises(UserError, match="checkpoint.pt: made on 1 ranks, not 2; start as many"):
+        training.restore({"model": model})
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", '{"learning": "my own"}'), ("log.jsonl", '{"epoch": 1}\n{"epoch": 2}\n')])
+def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        training = Training(tmp_path, MADE)
+        next(training.rounds("epoch", 1, 1, lambda start: (start,), str, {}))
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_log_from_before_the_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    for argv in (["first"], ["second"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        common.start_log(tmp_path / "log.jsonl", "epoch", 0)
+        common.append(tmp_path / "log.jsonl", {"epoch": 1})
+    first, *rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first["argv"] == ["second"] and rows == [{"epoch": 1}]
+    common.start_log(tmp_path / "log.jsonl", "epoch", 1)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2      # a control
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path, monkeypatch, capsys):
+    tries = []
+
+    def full(path, fill):
+        tries.append(path.name)
+        raise UserError(f"{path}: cannot be written")
+
+    with Training(tmp_path, MADE) as training:
+        training.open()
+        monkeypatch.setattr(common, "write_whole", full)
+        training.unwritten = {"done": 1}
+    assert tries == ["checkpoint.pt"] and training.lock.closed and training.unwritten is None
+    err = capsys.readouterr().err
+    assert err == f"error: {tmp_path}/checkpoint.pt: cannot be written\n"
+    training.close()
+    assert tries == ["checkpoint.pt"]
 
 
 @pytest.fixture
@@ -189,7 +237,7 @@ def test_other_images_are_refused(stopped, change):
         (images / "0.png").write_bytes((images / "1.png").read_bytes())
     assert go_on("images") == 2
     assert (directory / "err").read_text() == (
-        "error: run: made with other images; name another --run-dir or --ebm\n")
+        "error: run: made with other images; name another --run-dir, --ebm or --data-dir\n")
     assert log_of(directory) == [None, 1]
 
 
@@ -220,7 +268,7 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     monkeypatch.setattr(common.time, "time", lambda: clock[0])
     monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
-    training = Training(tmp_path / "run", {})
+    training = Training(tmp_path / "run", MADE)
     for start, end in training.rounds("epoch", 10, 1, lambda start: (start,), str,
                                       {"model": model}):
         clock[0] += 25
@@ -231,13 +279,13 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
 
     monkeypatch.undo()
     before, frozen = model.encoder.weight.clone(), model.discriminator.linear.weight.clone()
-    training = Training(tmp_path / "again", {})
+    training = Training(tmp_path / "again", MADE)
     for _ in training.rounds("epoch", 2, 1, lambda start: (start,), str, {"model": model}):
         training.log(loss=torch.tensor(1.0))
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    assert Training(tmp_path / "again", {}).restore({"model": model}) == 2
+    assert Training(tmp_path / "again", MADE).restore({"model": model}) == 2
     assert torch.equal(model.encoder.weight, before)
     assert model.discriminator.linear.weight.eq(0).all() and frozen.ne(0).any()
 
@@ -270,6 +318,29 @@ def test_table_of_runs_and_ebm(whole):
                       "| ebm.pt, untrained layers=last", "| ebm.pt, untrained layers=all"]
 
 
+def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
+    """Leftovers are named, and what is wrong with one run is said after the rows of the others."""
+    shutil.copytree(whole[0], tmp_path / "all")
+    for name in ("begun/.lock", "ebm.pt.new"):
+        (tmp_path / "all" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "all" / name).touch()
+    for name in ("damaged", "elsewhere"):
+        shutil.copytree(whole[0] / "run", tmp_path / "all" / name)
+        (tmp_path / "all" / name / "eval.json").unlink()
+    (tmp_path / "all" / "damaged" / "checkpoint.pt").write_bytes(b"PK")
+    config = tmp_path / "all" / "elsewhere" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "images": 12345}))
+    paths = ["damaged", "run", "elsewhere", "begun", "ebm.pt.new"]
+    status, out, err = finish("linear_eval", tmp_path / "all", *paths)
+    assert status == 2 and err.count("\n") == 1 and out.count("| byol_disc") == 1
+    assert "damaged/checkpoint.pt: not a whole file" in err
+    assert "elsewhere: made with other images; name another" in err
+    assert not (tmp_path / "all" / "elsewhere" / "eval.json").exists()
+    assert "begun: left out, it has not begun" in out and "ebm.pt.new: left out, a write" in out
+    status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")
+    assert status == 2 and out == "" and err.startswith("error: typo: not a run")
+
+
 def test_a_table_that_cannot_be_kept_is_still_shown(whole, monkeypatch, capsys):
     """Somebody else's finished run, without eval.json, in a directory that is only read."""
     said = (whole[0] / "run" / "eval.json")
@@ -280,6 +351,7 @@ def test_a_table_that_cannot_be_kept_is_still_shown(whole, monkeypatch, capsys):
     def full(path, row):
         raise UserError(f"{path}: cannot be written")
     monkeypatch.setattr(linear_eval, "write_json", full)
+    monkeypatch.setattr(linear_eval, "same_images", lambda *_: None)    # another process drew less
     monkeypatch.setattr(sys, "argv", ["linear_eval.py", str(whole[0] / "run")])
     linear_eval.main()
     out = capsys.readouterr().out

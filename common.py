@@ -230,6 +230,7 @@ def launch(main):
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
+# A data set is added in `load_images`; all else sees images (N, 3, H, W) and labels (N,) alone.
 
 
 @lru_cache
@@ -396,6 +397,7 @@ def training_images(args):
 
 
 # --- Augmentation: batched, every image with parameters of its own --------------------------
+# Any function from images to as many in [0, 1] can take the place of `augment`.
 
 
 @torch.no_grad()
@@ -483,6 +485,7 @@ def resampling(start, size, n):
 
 
 # --- Networks: those that take images, in [0, 1], normalise them themselves ------------------
+# An encoder needs `dim`, a discriminator `dims` and `features`; no one else knows their layers.
 
 
 class Encoder(nn.Module):
@@ -629,7 +632,8 @@ def batch_statistics(module):
             norm.track_running_stats = True
 
 
-# --- Langevin sampler ------------------------------------------------------------------------
+# --- Samplers: Langevin dynamics, and adversarial dynamics embedding's -----------------------
+# They know of f only that it is differentiable: (B, ...) -> (B,).
 
 
 def mix_with_noise(x, alpha):
@@ -687,6 +691,7 @@ def generate(f, x, alpha, steps, step_size, noise_std, grad_clip):
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
+# Of embeddings (B, D) -> a scalar; only `gather` knows of other ranks.
 
 
 def at_least_fp32(x):
@@ -722,7 +727,8 @@ def z_std(z):
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 
-# --- Optimisation ----------------------------------------------------------------------------
+# --- Optimisation: the schedules, and BYOL's moving average ----------------------------------
+# Functions of the step and of parameters; the loops are in the scripts.
 
 
 def lr_factor(schedule, steps):
@@ -755,6 +761,7 @@ def ema_update(target, online, tau):
 
 
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
+# An objective is a step function: one more needs a line in EBM_ADAM and in `ebm_rounds`.
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}

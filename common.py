@@ -1,8 +1,7 @@
 """What the four experiments share, in the order in which the data flows.
 
-Flags, data, augmentation, networks, the Langevin sampler, losses, optimisation, the energy-based
-model (EBM), files, runs, several devices. Outside a network images are in [0, 1], or
-uint8 at rest.
+Flags, data, augmentation, networks, samplers, losses, optimisation, the energy-based model (EBM),
+files, runs, devices. Outside a network images are in [0, 1], or uint8 at rest.
 
     python common.py                        # train the EBM alone (a script does it if needed)
 """
@@ -296,8 +295,8 @@ def read_folder(root, split):
     if not files:
         raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
     if others:
-        show(f"{root / split}: {len(others)} left out that are no images of a class, {others[0]} the "
-             "first")
+        show(f"{root / split}: {len(others)} left out that are no images of a class, "
+             f"{others[0]} the first")
 
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
@@ -1089,8 +1088,8 @@ def same_config(path, saved, wanted):
         if flag in NOT_IDENTITY or saved.get(flag) == value:
             continue
         if flag in CHECKSUMS:
-            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir, --ebm or "
-                            "--data-dir")
+            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir, --ebm "
+                            "or --data-dir")
         raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
                         f"{value}; use the same flags, or another --run-dir or --ebm")
 

@@ -182,6 +182,18 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     assert torch.equal(replay.images, (starts[0] + 1).half())
 
 
+def test_the_chains_that_go_on_are_drawn_anew_each_step(monkeypatch):
+    """cd: eight distinct ones of a thousand, others at the next step."""
+    replay, changed = ReplayBuffer(1000), []
+    monkeypatch.setattr(common, "langevin", lambda f, x, **_: x + 1)
+    monkeypatch.setattr(common, "discriminator_step", lambda *_: None)
+    for _ in range(2):
+        before = replay.images.clone()
+        common.cd_step(torch.rand(8, 3, 32, 32), 0, Discriminator(8), None, replay)
+        changed.append((replay.images != before).flatten(1).any(1))
+    assert [rows.sum() for rows in changed] == [8, 8] and not torch.equal(*changed)
+
+
 @pytest.mark.parametrize("weight", [0, 5])
 def test_generator_climbs_f_straight_through_the_sampler(monkeypatch, weight):
     """G's step is the gradient of its loss at the samples x_s, carried to G(z) unchanged."""

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,19 @@ def test_a_checkpoint_of_other_code_is_refused(tmp_path):
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
         with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
             training.restore({"model": other})
+
+
+@pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
+def test_every_flag_but_five_tells_runs_apart(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run-dir", str(tmp_path / "run"), "--ebm",
+                                      str(tmp_path / "ebm.pt")])
+    flags = vars(importlib.import_module(script).parse())
+    for flag, value in flags.items():
+        with (nullcontext() if flag in ("run_dir", "data_dir", "ebm", "device", "eval_every") else
+              pytest.raises(UserError, match="other code" if flag == "version" else
+                            f"made with --{flag.replace('_', '-')} other, not {value}")):
+            common.same_config("run", {**flags, flag: "other"}, flags)
+    assert len(flags) > 20
 
 
 def test_another_number_of_ranks_is_refused(tmp_path):

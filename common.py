@@ -1143,8 +1143,8 @@ class Training:
     """Rounds of training, logged and kept in a directory; one process at a time.
 
     A round is an epoch, or some iterations of an EBM. After each the state is kept in memory; it is
-    written when a minute has passed since the last time, at the end, and when the process exits. So
-    SIGKILL costs a minute, and the resumed run still ends with the same weights.
+    written when a minute has passed since the last time, at the end, and when the process exits. An
+    interrupted round is done again, and the resumed run still ends with the same weights.
     """
 
     def __init__(self, path, config):

@@ -17,11 +17,12 @@ images, labels = load_images("folder", sys.argv[2], "test")
 x = torch.stack([images[labels == label][1] for label in labels.unique()]) / 255
 start = mix_with_noise(x, 0.6)
 end = langevin(f, start, steps=15, step_size=10, noise_std=0.005)
+view_1 = augment(x)
 with torch.no_grad():
-    maps = f.maps(augment(x))[-1].square().mean(1, keepdim=True)                   # (N, 1, 8, 8)
+    maps = f.maps(view_1)[-1].square().mean(1, keepdim=True)                   # (N, 1, 8, 8)
 low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
 maps = F.interpolate((maps - low) / (high - low), size=32).expand_as(x)
-rows = {"image x": x, "view 1": augment(x), "view 2": augment(x), "I_0, the chain's start": start,
+rows = {"image x": x, "view 1": view_1, "view 2": augment(x), "I_0, the chain's start": start,
         "I_15, its end": end, "view 3 of idea 1": augment(end), "D's map, idea 2": maps}
 grid = F.interpolate(make_grid(torch.cat([*rows.values()]), nrow=len(x))[None], scale_factor=2)[0]
 grid = TF.to_pil_image(grid.clamp(0, 1))

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import common
@@ -50,13 +50,13 @@ def test_the_ebm_alone_on_two_ranks(tmp_path):
     assert "without torchrun" in (tmp_path / "err").read_text()
 
 
-@record
 def failing(directory):
     steps, z_std = [], simclr_disc.z_std
 
     def fail(z):
         steps.append(1)
         if len(steps) == 3 and common.rank() == 1:
+            (directory / "failed").touch()
             raise RuntimeError("this rank fails at step 3")
         return z_std(z)
 
@@ -65,9 +65,9 @@ def failing(directory):
 
 
 def test_a_rank_that_raises_ends_the_job(tmp_path):
-    """By torchrun's own launcher, whose other rank waits for the one that fails."""
+    """By torchrun's own launcher, though the other rank has 100 epochs to go."""
     job = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
                        start_method="forkserver", logs_specs=DefaultLogsSpecs(tmp_path / "logs"))
-    with pytest.raises(ChildFailedError, match="RuntimeError: this rank fails at step 3") as error:
+    with pytest.raises(ChildFailedError):
         elastic_launch(job, failing)(tmp_path)
-    assert error.value.get_first_failure()[1].local_rank == 1
+    assert (tmp_path / "failed").exists() and not (tmp_path / "run" / "checkpoint.pt").exists()

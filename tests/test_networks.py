@@ -145,6 +145,7 @@ def test_precision_auto_is_what_the_cpu_is_fast_in(vendor, has, used, auto, monk
 
 def test_mps_is_fp32_and_asks_no_cpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: 1 / 0)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True, raising=False)
     args = SimpleNamespace(device="mps", precision="auto")
     assert in_bf16(args) is False
     with autocast(args):

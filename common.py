@@ -1240,9 +1240,9 @@ class Training:
             return 0
         saved = load(path, done=int, **dict.fromkeys(state, dict))
         same_config(path, saved["config"], self.config)
-        if saved.get("ranks", 1) != self.ranks:
-            raise UserError(f"{path}: made on {saved['ranks']} ranks, not {self.ranks}; start as "
-                            "many, or name another --run-dir")
+        if (ranks := saved.get("ranks", 1)) != self.ranks:
+            raise UserError(f"{path}: made on {ranks} ranks, not {self.ranks}; start as many, or "
+                            "name another --run-dir")
         for name, part in state.items():
             frozen = part.state_dict().keys() - trained_state(part).keys()
             load_into(part, {**saved[name], **{k: part.state_dict()[k] for k in frozen}}, path)

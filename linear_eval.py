@@ -234,12 +234,12 @@ def why_left_out(path):
     """Why there is nothing to evaluate at a path, though it is one of ours; "" if there is."""
     if path.suffix == ".new":
         return "a write that was cut off"
+    if path.suffix == ".ebm" and path.exists():
+        return f"the log of an EBM; the EBM is {path.with_suffix('.pt')}"
     if not (path / "config.json").exists() and (path / ".lock").exists():
         return "it has not begun"
     if not (path / "config.json").exists():
         raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
-    if "script" not in load(path / "config.json"):
-        return f"the log of an EBM; the EBM is {path.with_suffix('.pt')}"
     begun = any((path / name).exists() for name in ("eval.json", "checkpoint.pt"))
     return "" if begun else "it has no checkpoint yet"
 

@@ -29,6 +29,7 @@ grid = TF.to_pil_image(grid.clamp(0, 1))
 
 picture = Image.new("RGB", (grid.width + 170, grid.height), "white")
 picture.paste(grid, (170, 0))
+font = ImageFont.load_default(15)
 for i, label in enumerate(rows):
-    ImageDraw.Draw(picture).text((160, 68 * i + 36), label, "black", ImageFont.load_default(15), "rm")
+    ImageDraw.Draw(picture).text((160, 68 * i + 36), label, "black", font, "rm")
 picture.save(Path(__file__).with_name("views.png"))

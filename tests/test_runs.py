@@ -338,17 +338,21 @@ def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
     for name in ("begun/.lock", "ebm.pt.new"):
         (tmp_path / "all" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "all" / name).touch()
-    for name in ("damaged", "elsewhere"):
+    for name in ("damaged", "elsewhere", "older"):
         shutil.copytree(whole[0] / "run", tmp_path / "all" / name)
         (tmp_path / "all" / name / "eval.json").unlink()
     (tmp_path / "all" / "damaged" / "checkpoint.pt").write_bytes(b"PK")
     config = tmp_path / "all" / "elsewhere" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "images": 12345}))
-    paths = ["damaged", "run", "elsewhere", "begun", "ebm.pt.new"]
+    older = {**json.loads(config.read_text()), "ebm_objective": "ade"}
+    del older["version"]
+    (tmp_path / "all" / "older" / "config.json").write_text(json.dumps(older))
+    paths = ["damaged", "run", "elsewhere", "begun", "ebm.pt.new", "ebm.ebm", "older"]
     status, out, err = finish("linear_eval", tmp_path / "all", *paths)
     assert status == 2 and err.count("\n") == 1 and out.count("| byol_disc") == 1
     assert "damaged/checkpoint.pt: not a whole file" in err
     assert "elsewhere: made with other images; name another" in err
+    assert "older/config.json: of older code" in err and "ebm.ebm: left out, the log of" in out
     assert not (tmp_path / "all" / "elsewhere" / "eval.json").exists()
     assert "begun: left out, it has not begun" in out and "ebm.pt.new: left out, a write" in out
     status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")

@@ -229,7 +229,7 @@ def launch(main):
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
-# A data set is added in `load_images`; all else sees images (N, 3, H, W) and labels (N,) alone.
+# A data set is added in `load_images` and as a choice of --dataset.
 
 
 @lru_cache
@@ -484,7 +484,7 @@ def resampling(start, size, n):
 
 
 # --- Networks: those that take images, in [0, 1], normalise them themselves ------------------
-# An encoder needs `dim`, a discriminator `dims` and `features`; no one else knows their layers.
+# A script needs an encoder's `dim`, a discriminator's `dims` and `features`; the EBM its layers.
 
 
 class Encoder(nn.Module):
@@ -690,7 +690,7 @@ def generate(f, x, alpha, steps, step_size, noise_std, grad_clip):
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
-# Of embeddings (B, D) -> a scalar; only `gather` knows of other ranks.
+# Of embeddings (B, D) -> a scalar; `nt_xent` alone sees those of other ranks too.
 
 
 def at_least_fp32(x):
@@ -760,7 +760,7 @@ def ema_update(target, online, tau):
 
 
 # --- Energy-based model: f, and where its negatives come from, on the same images ------------
-# An objective is a step function: one more needs a line in EBM_ADAM and in `ebm_rounds`.
+# An objective is a step function, named in EBM_ADAM, `ebm_rounds` and --ebm-objective's choices.
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}

@@ -14,10 +14,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from datetime import timedelta
 from functools import lru_cache, partial, reduce
@@ -182,32 +183,25 @@ def needs_ebm(args):
 
 def check_files(args):
     """UserError where what this command is going to write cannot be written."""
-    ebm = Path(args.ebm)
+    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
     if ebm.suffix != ".pt":
         raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
     if "run_dir" in args:
-        check_writable("--run-dir", Path(args.run_dir), unless=Path(args.run_dir) / "eval.json")
+        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
     if needs_ebm(args):
-        check_writable("--ebm", ebm.with_suffix(".ebm"), unless=ebm)
-        check_writable("--ebm", ebm.parent, unless=ebm)
+        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
 
 
-def check_writable(flag, directory, unless):
-    """UserError if the directory cannot be made or written in; where `unless` is, it need not."""
-    path = directory.absolute()
+def check_writable(flag, path, unless):
+    """UserError if no file can be made at `path`, whose directories need not be there yet."""
     try:
-        if unless.exists():
-            return
-        found = next(parent for parent in [path, *path.parents] if parent.exists())
-        writable = os.access(found, os.W_OK | os.X_OK)
-        problem = ("has too long a name" if max(len(os.fsencode(x)) for x in path.parts) > 240 else
-                   f"{found} is not a directory" if not found.is_dir() else
-                   "" if writable else f"{found} cannot be written in")
+        if not unless.exists():
+            found = next(parent for parent in path.absolute().parents if parent.exists())
+            with suppress(FileNotFoundError):
+                (found / max(path.parts, key=len)).stat()     # an error if it is too long a name
+            tempfile.TemporaryFile(dir=found).close()
     except OSError as error:
-        problem = str(error)
-    if problem:
-        raise UserError(f"{flag} {unless if flag == '--ebm' else directory}: {problem}; name "
-                        f"another {flag}")
+        raise UserError(f"{flag}: {error.strerror}; name another") from None
 
 
 def launch(main):
@@ -926,16 +920,16 @@ def train_ebm(images, args):
     Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
     the directory X.ebm. Resumes. Raises UserError where f explodes; the last good state stays.
     """
-    path, config = Path(args.ebm), ebm_config(images, args)
-    as_made = {"seed": args.seed, "precision": args.precision}
-    with Training(path.with_suffix(".ebm"), {**config, **as_made}) as training:
+    path, config = Path(args.ebm), ebm_config(images, args, "seed", "precision", "data_dir")
+    with closing(Training(path.with_suffix(".ebm"), config)) as training:
+        training.hold(wait=True)
         if not path.exists():                             # else another process has just made it
             networks = ebm_rounds(training, images.to(args.device), args)
             replay = networks.pop("replay", None)
             standardise(networks["d"], images, args)
             save_samples(training.path / "samples.png", images[:32].to(args.device) / 255,
                          **networks, replay=replay)
-            save(path, {**config, **as_made, "data_dir": args.data_dir}, args.ebm_iters, networks)
+            save(path, config, args.ebm_iters, networks)
             (training.path / "checkpoint.pt").unlink(missing_ok=True)
     return load_ebm(path, args.device)
 
@@ -983,10 +977,10 @@ def save_samples(path, x, d, g=None, replay=None):
     save_image(torch.cat([x, x_0, x_s]), path, nrow=16)
 
 
-def ebm_config(images, args):
-    """What an EBM was trained on, and how; a checksum stands for the images."""
+def ebm_config(images, args, *more):
+    """What an EBM was trained on, and how: flags, `more` too, and a checksum of the images."""
     flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", "version"]
-    return {**{flag: getattr(args, flag) for flag in flags}, "images": checksum(images)}
+    return {**{flag: getattr(args, flag) for flag in [*flags, *more]}, "images": checksum(images)}
 
 
 def get_ebm(images, args):
@@ -1108,7 +1102,7 @@ def lock(path, busy=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     if fcntl is None:
-        warn_of_no_locks()
+        show(f"{path.parent}: this system has no file locks; let no second process work in it")
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1118,11 +1112,6 @@ def lock(path, busy=""):
         show(f"{path.parent}: waiting for the process that makes it")
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
-
-
-@lru_cache
-def warn_of_no_locks():
-    show("this system has no file locks: start no two processes at one run or EBM")
 
 
 def show(line, passing=False):
@@ -1149,7 +1138,7 @@ class Training:
 
     def __init__(self, path, config):
         self.path, self.config, self.ranks = Path(path), config, 1
-        self.lock = self.unwritten = self.opened = None
+        self.lock = self.unwritten = None
         self.check()
 
     def check(self):
@@ -1162,19 +1151,15 @@ class Training:
                 same_config(self.path, saved, self.config)
 
     def hold(self, wait=False):
-        """Make the directory and, until `close` or the process ends, keep others out of it."""
-        if rank() == 0 and self.lock is None:
+        """Make the directory, keep others out of it until `close`, and note what is made there."""
+        if rank() > 0:
+            return
+        if self.lock is None:
             self.lock = lock(self.path / ".lock", "" if wait else f"{self.path}: another process "
                              "is at this run; wait for it, or name another --run-dir")
             atexit.register(self.close)
-
-    def open(self):
-        """Hold the directory, and note in it what is made there."""
-        self.hold()
-        if rank() == 0 and not self.opened:
-            self.check()
-            write_json(self.path / "config.json", self.config)
-            self.opened = True
+        self.check()
+        write_json(self.path / "config.json", self.config)
 
     def close(self):
         """Write the checkpoint that is only in memory, if there is one, and let others in."""
@@ -1183,14 +1168,8 @@ class Training:
             self.write_checkpoint()
         except UserError as error:                        # the process may be ending already
             print(f"error: {error}", file=sys.stderr)
-        self.lock.close()
-
-    def __enter__(self):
-        self.hold(wait=True)
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        if self.lock:
+            self.lock.close()
 
     def rounds(self, counter, total, size, seeds, describe, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.
@@ -1200,7 +1179,7 @@ class Training:
         add to, or refuse with UserError; state: {name: what has a state_dict}.
         """
         first = self.restore(state)
-        self.open()
+        self.hold()
         if rank() == 0:
             start_log(self.path / "log.jsonl", counter, first)
         began = self.written = time.time()
@@ -1370,7 +1349,7 @@ class Run(Training):
         """
         flags = chain_flags(self.args)
         alpha, steps = flags.pop("alpha"), flags.pop("steps")
-        self.open()
+        self.hold()
         if rank() > 0 or (self.path / "chain.json").exists():
             return
         torch.manual_seed(self.args.seed)

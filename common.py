@@ -32,17 +32,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 import torchvision
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
-
-try:
-    import fcntl
-except ImportError:                                       # not on Windows
-    fcntl = None
 
 # --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
 # A flag is added here, or in the one script that needs it; `parse_flags` names and checks paths.
@@ -244,7 +240,8 @@ def load_images(dataset, data_dir, split):
         try:
             data = source(data_dir, parts[split])
         except RuntimeError:                                         # it is not there
-            with lock(Path(data_dir) / f"{dataset}.lock"):           # several ranks or runs may ask
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(data_dir) / f"{dataset}.lock"):       # several ranks or runs may ask
                 data = source(data_dir, parts[split], download=True)
     except (AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
@@ -1097,20 +1094,17 @@ def checksum(*tensors):
 
 
 def lock(path, busy=""):
-    """The file `path`, open, and locked until it is closed. Where another process has locked it,
-    raises UserError(busy), or waits if that is empty."""
+    """The file `path`, locked until its release or the end of the process. Where another process
+    has locked it, raises UserError(busy), or waits if that is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    if fcntl is None:
-        show(f"{path.parent}: this system has no file locks; let no second process work in it")
-        return file
+    file = FileLock(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        file.acquire(timeout=0)
+    except Timeout:
         if busy:
             raise UserError(busy) from None
         show(f"{path.parent}: waiting for the process that makes it")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        file.acquire()
     return file
 
 
@@ -1169,7 +1163,7 @@ class Training:
         except UserError as error:                        # the process may be ending already
             print(f"error: {error}", file=sys.stderr)
         if self.lock:
-            self.lock.close()
+            self.lock.release()
 
     def rounds(self, counter, total, size, seeds, describe, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.

@@ -1,5 +1,5 @@
 """A run as a user types it: to the end, killed and resumed, repeated, and with a flag changed."""
-import importlib.util
+import importlib
 import json
 import math
 import shutil
@@ -16,7 +16,6 @@ import common
 import linear_eval
 import processes
 from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
-from conftest import ROOT
 
 FIVE, MADE = ["--epochs", "5", "--run-dir", "run"], {"version": 2}
 
@@ -201,7 +200,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path, monkeypatch, capsy
         training.hold()
         monkeypatch.setattr(common, "write_whole", full)
         training.unwritten = {"done": 1}
-    assert tries == ["checkpoint.pt"] and training.lock.closed and training.unwritten is None
+    assert tries == ["checkpoint.pt"] and not training.lock.is_locked and training.unwritten is None
     err = capsys.readouterr().err
     assert err == f"error: {tmp_path}/checkpoint.pt: cannot be written\n"
     training.close()
@@ -302,18 +301,6 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     assert Training(tmp_path / "again", MADE).restore({"model": model}) == 2
     assert torch.equal(model.encoder.weight, before)
     assert model.discriminator.linear.weight.eq(0).all() and frozen.ne(0).any()
-
-
-def test_without_file_locks_it_runs_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    spec = importlib.util.spec_from_file_location("common_elsewhere", ROOT / "common.py")
-    elsewhere = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(elsewhere)
-    for _ in range(2):
-        elsewhere.Training(tmp_path, MADE).hold()
-    assert capsys.readouterr().out == 2 * f"{tmp_path}: this system has no file locks; let no " \
-        "second process work in it\n"
-    assert common.fcntl is not None and elsewhere.fcntl is None
 
 
 def test_table_of_runs_and_ebm(whole):

@@ -10,7 +10,6 @@ seed, or their EBM, alone share a row: mean, standard deviation and number of ru
 seeds with the first row's, their paired differences to it follow, with the standard error.
 """
 import argparse
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,17 +24,6 @@ from common import (ACCURACIES, NOT_IDENTITY, Encoder, Parser, UserError, autoca
                     write_json)
 
 # --- Frozen features and what can be read from them ------------------------------------------
-
-
-@contextmanager
-def without_tf32():
-    """Exact fp32 products: TF32's would change a quarter of the nearest neighbours."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -54,13 +42,14 @@ def extract_features(encoder, images, encode=None):
     return torch.cat(features)
 
 
-@without_tf32()
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
 
     By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
     votes weighted exp(s / temperature) (arXiv:1805.01978).
     """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")          # TF32 would change a quarter of these
     k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, []
     if temperature:
         train_x, test_x = F.normalize(train_x), F.normalize(test_x)
@@ -70,6 +59,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
         weight = (near / temperature).exp() if temperature else torch.ones_like(near)
         votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
         correct.append(votes.argmax(1) == y)
+    torch.set_float32_matmul_precision(before)
     return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
@@ -198,12 +188,12 @@ def table(rows, untrained, split):
     values = {flag: [config[flag] for config in configs if flag in config] for flag in flags}
     shared = {flag: v[0] for flag, v in values.items() if all(value == v[0] for value in v)}
     unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
-    settings = {}
+    groups = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
                      if flag not in shared.keys() | unshown]
         label = " ".join([config["script"], *differing])
-        settings.setdefault(label, []).append((config.get("seed"), result))
+        groups.setdefault(label, []).append((config.get("seed"), result))
 
     def line(label, results, divisor=1):
         cells = []
@@ -214,8 +204,8 @@ def table(rows, untrained, split):
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
     lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
-    first = dict(next(iter(settings.values()), []))
-    for label, seeds in settings.items():
+    first = dict(next(iter(groups.values()), []))
+    for label, seeds in groups.items():
         results = [result for _, result in seeds]
         lines.append(line(label, results))
         pairs = [(result, first[seed]) for seed, result in seeds if seed in first]

@@ -547,15 +547,6 @@ class Discriminator(nn.Module):
         pooled = torch.cat([pool(m) for m in (maps if layers == "all" else maps[-1:])], 1)
         return (pooled - self.feature_mean[-dim:]) / self.feature_std[-dim:]       # (B, dim)
 
-    def standardise(self, images):
-        """Let each feature have mean 0 and variance 1 over augmented images (N, 3, H, W), uint8."""
-        with torch.no_grad():
-            features = torch.cat([self.features(augment(x.to(self.linear.weight.device)), "all")
-                                  for x in images.split(500)])
-        std, mean = torch.std_mean(features, 0, correction=0)
-        self.feature_mean = self.feature_mean + self.feature_std * mean
-        self.feature_std = (self.feature_std * std).clamp_min(1e-6)
-
 
 def pool(maps):
     """Mean and variance over the pixels of each channel: (B, C, H, W) -> (B, 2C), in fp32."""
@@ -921,18 +912,17 @@ def train_ebm(images, args):
     with closing(Training(path.with_suffix(".ebm"), config)) as training:
         training.hold(wait=True)
         if not path.exists():                             # else another process has just made it
-            networks = ebm_rounds(training, images.to(args.device), args)
-            replay = networks.pop("replay", None)
-            standardise(networks["d"], images, args)
-            save_samples(training.path / "samples.png", images[:32].to(args.device) / 255,
-                         **networks, replay=replay)
-            save(path, config, args.ebm_iters, networks)
+            state = ebm_rounds(training, images.to(args.device), args)
+            standardise(state["d"], images, args)
+            save_samples(training.path / "samples.png", images[:32].to(args.device) / 255, **state)
+            save(path, config=config,
+                 **{name: state[name].state_dict() for name in ("d", "g") if name in state})
             (training.path / "checkpoint.pt").unlink(missing_ok=True)
     return load_ebm(path, args.device)
 
 
 def ebm_rounds(training, images, args):
-    """Train from where the checkpoint is to the end; returns the networks {"d": f, ...}."""
+    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}."""
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
     step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
@@ -948,24 +938,29 @@ def ebm_rounds(training, images, args):
                 f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
                 f"{row['sample_std']:.2f}")
 
-    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND,
-                                      lambda start: (args.seed, start), describe, state):
+    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, describe, state):
+        torch.manual_seed(seed_of(args.seed, start))
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             with autocast(args):
                 training.log(**step(x, args.ebm_rotation, **state))
     bake(state["d"])
-    return {name: state[name] for name in ("d", "g", "replay") if name in state}
+    return state
 
 
 def standardise(d, images, args):
-    """Standardise d's features over images (N, 3, H, W), uint8, always augmented alike."""
+    """Let each feature of d have mean 0 and variance 1 over images (N, 3, H, W), uint8, which are
+    always augmented alike."""
     torch.manual_seed(seed_of(args.seed, args.ebm_iters))
-    with autocast(args):
-        d.standardise(images)
+    with torch.no_grad(), autocast(args):
+        features = torch.cat([d.features(augment(x.to(args.device)), "all")
+                              for x in images.split(500)])
+    std, mean = torch.std_mean(features, 0, correction=0)
+    d.feature_mean = d.feature_mean + d.feature_std * mean
+    d.feature_std = (d.feature_std * std).clamp_min(1e-6)
 
 
-def save_samples(path, x, d, g=None, replay=None):
+def save_samples(path, x, d, g=None, replay=None, **optimizers):
     """A picture of images x (B, 3, 32, 32), and of samples before and after 15 Langevin steps."""
     with torch.no_grad():
         x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
@@ -998,12 +993,11 @@ def load_ebm(path, device):
 
 
 # --- Files: whole or not at all, ours or refused; and lines on the terminal -------------------
-# The one place that writes, reads and locks; what a file holds is its caller's affair.
+# The one place that writes and reads; what a file holds is its caller's affair.
 
 
-def save(path, config, done, state):
-    """Write the states of `state`, {name: what has a state_dict}, their config and progress."""
-    content = {"config": config, "done": done, **{k: v.state_dict() for k, v in state.items()}}
+def save(path, **content):
+    """Write these entries, a config among them, as PyTorch does; `load` reads them."""
     write_whole(path, partial(torch.save, content))
 
 
@@ -1076,13 +1070,10 @@ def load_into(part, state, path):
 def same_config(path, saved, wanted):
     """UserError where what is at `path` was made with other flags, images or EBM than wanted."""
     for flag, value in wanted.items():
-        if flag in NOT_IDENTITY or saved.get(flag) == value:
-            continue
-        if flag in CHECKSUMS:
-            raise UserError(f"{path}: made with {CHECKSUMS[flag]}; name another --run-dir, --ebm "
-                            "or --data-dir")
-        raise UserError(f"{path}: made with --{flag.replace('_', '-')} {saved.get(flag)}, not "
-                        f"{value}; use the same flags, or another --run-dir or --ebm")
+        if flag not in NOT_IDENTITY and saved.get(flag) != value:
+            other = f"--{flag.replace('_', '-')} {saved.get(flag)}, not {value}"
+            raise UserError(f"{path}: made with {CHECKSUMS.get(flag, other)}; name another "
+                            "--run-dir, --ebm or --data-dir, or use the same flags")
 
 
 CHECKSUMS = {"images": "other images", "f": "another EBM", "version": "other code"}
@@ -1091,21 +1082,6 @@ CHECKSUMS = {"images": "other images", "f": "another EBM", "version": "other cod
 def checksum(*tensors):
     """CRC-32 of the tensors' bytes, which stands for their content in a config."""
     return reduce(lambda crc, x: zlib.crc32(x.detach().cpu().contiguous().numpy(), crc), tensors, 0)
-
-
-def lock(path, busy=""):
-    """The file `path`, locked until its release or the end of the process. Where another process
-    has locked it, raises UserError(busy), or waits if that is empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = FileLock(path)
-    try:
-        file.acquire(timeout=0)
-    except Timeout:
-        if busy:
-            raise UserError(busy) from None
-        show(f"{path.parent}: waiting for the process that makes it")
-        file.acquire()
-    return file
 
 
 def show(line, passing=False):
@@ -1132,7 +1108,7 @@ class Training:
 
     def __init__(self, path, config):
         self.path, self.config, self.ranks = Path(path), config, 1
-        self.lock = self.unwritten = None
+        self.lock, self.unwritten = FileLock(self.path / ".lock"), None
         self.check()
 
     def check(self):
@@ -1145,12 +1121,20 @@ class Training:
                 same_config(self.path, saved, self.config)
 
     def hold(self, wait=False):
-        """Make the directory, keep others out of it until `close`, and note what is made there."""
+        """Make the directory, keep others out of it until `close`, and note what is made there.
+        Where another process is at it, raises UserError, or waits."""
         if rank() > 0:
             return
-        if self.lock is None:
-            self.lock = lock(self.path / ".lock", "" if wait else f"{self.path}: another process "
-                             "is at this run; wait for it, or name another --run-dir")
+        if not self.lock.is_locked:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                if not wait:
+                    raise UserError(f"{self.path}: another process is at this run; wait for it, or "
+                                    "name another --run-dir") from None
+                show(f"{self.path}: waiting for the process that makes it")
+                self.lock.acquire()
             atexit.register(self.close)
         self.check()
         write_json(self.path / "config.json", self.config)
@@ -1162,15 +1146,14 @@ class Training:
             self.write_checkpoint()
         except UserError as error:                        # the process may be ending already
             print(f"error: {error}", file=sys.stderr)
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
 
-    def rounds(self, counter, total, size, seeds, describe, state):
+    def rounds(self, counter, total, size, describe, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.
 
-        counter: "epoch" or "iteration"; total: how many; size: of a round; seeds(start): what the
-        round's random numbers depend on; describe(row): the text for the row of means, which it may
-        add to, or refuse with UserError; state: {name: what has a state_dict}.
+        counter: "epoch" or "iteration"; total: how many; size: of a round; describe(row): the text
+        for the row of means, which it may add to, or refuse with UserError; state: {name: what has
+        a state_dict}. Who takes a round seeds it.
         """
         first = self.restore(state)
         self.hold()
@@ -1178,15 +1161,10 @@ class Training:
             start_log(self.path / "log.jsonl", counter, first)
         began = self.written = time.time()
         for start in range(first, total, size):
-            torch.manual_seed(seed_of(*seeds(start)))
             end, self.rows = min(start + size, total), []
             yield start, end
             row = {counter: end, **mean_of(self.rows, self.ranks)}
-            try:
-                text = describe(row)
-            except UserError:
-                self.write_checkpoint()
-                raise
+            text = describe(row)
             if rank() == 0:
                 append(self.path / "log.jsonl", row)
                 self.unwritten = deepcopy({"config": self.config, "done": end, "ranks": self.ranks,
@@ -1203,7 +1181,7 @@ class Training:
     def write_checkpoint(self):
         content, self.unwritten = self.unwritten, None    # tried once, even if the disk is full
         if content is not None:
-            write_whole(self.path / "checkpoint.pt", partial(torch.save, content))
+            save(self.path / "checkpoint.pt", **content)
             self.written = time.time()
 
     def restore(self, state):
@@ -1242,11 +1220,8 @@ def start_log(path, counter, done):
         if done > 0:
             return write_whole(path, lambda file: file.write_text(kept))
         path.unlink()
-    try:
-        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                                capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                            capture_output=True, text=True).stdout.strip() or None
     append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
                   "torchvision": torchvision.__version__, "commit": commit})
 
@@ -1302,8 +1277,8 @@ class Run(Training):
             return (f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
                     f"{row['images_per_s']:.0f} images/s")
 
-        for start, self.epoch in self.rounds("epoch", args.epochs, 1, lambda start: (
-                args.seed, start + 1, rank()), describe, state):
+        for _, self.epoch in self.rounds("epoch", args.epochs, 1, describe, state):
+            torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
             self.began, self.lr = time.time(), state["optimizer"].param_groups[0]["lr"]
             yield self.epoch
 
@@ -1376,8 +1351,7 @@ class Run(Training):
                     image = generate(f, x, **chain_flags(self.args))
                 made.append((image * 255).round().byte().cpu())
                 show(f"generating images: {i}/{len(parts)}", passing=i < len(parts))
-            write_whole(path, partial(torch.save, {"config": self.config,
-                                                   "images": torch.cat(made)}))
+            save(path, config=self.config, images=torch.cat(made))
         barrier()
         saved = load(path, images=torch.Tensor)
         same_config(path, saved["config"], self.config)

@@ -281,11 +281,11 @@ def test_an_ade_of_before_is_refused(tmp_path):
     """Today's `gan` was called `ade`: files, checkpoints and runs of then are no `ade` of now."""
     args = flags(tmp_path, "--ebm-objective", "ade", "--ebm-iters", "1")
     images, path = common.training_images(args), tmp_path / "ebm.pt"
-    config, network = common.ebm_config(images, args), {"d": Discriminator(8)}
-    common.save(path, config, 1, network)
+    config, network = common.ebm_config(images, args), Discriminator(8).state_dict()
+    common.save(path, config=config, d=network)
     common.get_ebm(images, args)
     del config["version"]
-    common.save(path, config, 1, network)
+    common.save(path, config=config, d=network)
     for read in [lambda: common.get_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
         with pytest.raises(UserError, match="ebm.pt: .*older code, its .* ade is gan now"):
             read()

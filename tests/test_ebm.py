@@ -132,8 +132,7 @@ def test_training_is_a_plain_loop(tmp_path, monkeypatch, objective):
         for _ in range(2):
             x = images[torch.randint(len(images), (64,))] / 255
             getattr(common, f"{objective}_step")(x, 0.5, **parts, **optimizers)
-        torch.manual_seed(common.seed_of(4, 2))
-        d.standardise(images)
+        common.standardise(d, images, args)
         return {name: part.state_dict() for name, part in parts.items() if name != "replay"}
 
     train_ebm(images, args)

@@ -93,7 +93,7 @@ def test_two_processes_cannot_be_at_one_run(flags, file, tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("full")])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, error):
     path = tmp_path / "checkpoint.pt"
-    common.save(path, {"seed": 0}, 1, {})
+    common.save(path, config={"seed": 0})
     before = path.read_bytes()
 
     def fill(content, file):
@@ -101,5 +101,5 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, error):
         raise error
     monkeypatch.setattr(torch, "save", fill)
     with pytest.raises(UserError, match="cannot be written .*; what was there still is"):
-        common.save(path, {"seed": 0}, 2, {})
+        common.save(path, config={"seed": 1})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]

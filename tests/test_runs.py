@@ -74,8 +74,8 @@ def test_a_finished_run_says_so_and_stops(whole):
 
 def test_other_flags_are_refused(whole):
     status, _, err = finish("byol_disc", whole[0], *FIVE, "--coeff", "0.2")
-    assert status == 2 and err == ("error: run: made with --coeff 0.1, not 0.2; use the same "
-                                   "flags, or another --run-dir or --ebm\n")
+    assert status == 2 and err == ("error: run: made with --coeff 0.1, not 0.2; name another "
+                                   "--run-dir, --ebm or --data-dir, or use the same flags\n")
 
 
 def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
@@ -133,13 +133,14 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, when):
                 run.log(loss=torch.tensor(loss), z_std=torch.tensor(1.0))
             if epoch == 2 and when.startswith("after"):
                 model.weight.data[0, 0] = float("inf")
+    run.close()                                         # as at the end of a process
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["done"] == 1 and saved["model"]["weight"].isfinite().all()
 
 
 def test_a_checkpoint_of_other_code_is_refused(tmp_path):
     training = Training(tmp_path, MADE)
-    save(tmp_path / "checkpoint.pt", MADE, 1, {"model": torch.nn.Linear(2, 2)})
+    save(tmp_path / "checkpoint.pt", config=MADE, done=1, model=torch.nn.Linear(2, 2).state_dict())
     assert training.restore({"model": torch.nn.Linear(2, 2)}) == 1
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
         with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
@@ -161,7 +162,7 @@ def test_every_flag_but_five_tells_runs_apart(script, tmp_path, monkeypatch):
 
 def test_another_number_of_ranks_is_refused(tmp_path):
     training, model = Training(tmp_path, MADE), torch.nn.Linear(2, 2)
-    for _ in training.rounds("epoch", 1, 1, lambda start: (start,), str, {"model": model}):
+    for _ in training.rounds("epoch", 1, 1, str, {"model": model}):
         training.log(loss=torch.tensor(1.0))
     training.ranks = 2
     with pytest.raises(UserError, match="checkpoint.pt: made on 1 ranks, not 2; start as many"):
@@ -174,7 +175,7 @@ def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name):
         training = Training(tmp_path, MADE)
-        next(training.rounds("epoch", 1, 1, lambda start: (start,), str, {}))
+        next(training.rounds("epoch", 1, 1, str, {}))
     assert (tmp_path / name).read_text() == content
 
 
@@ -250,7 +251,8 @@ def test_other_images_are_refused(stopped, change):
         (images / "0.png").write_bytes((images / "1.png").read_bytes())
     assert go_on("images") == 2
     assert (directory / "err").read_text() == (
-        "error: run: made with other images; name another --run-dir, --ebm or --data-dir\n")
+        "error: run: made with other images; name another --run-dir, --ebm or --data-dir, or use "
+        "the same flags\n")
     assert log_of(directory) == [None, 1]
 
 
@@ -282,7 +284,7 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", MADE)
-    for start, end in training.rounds("epoch", 10, 1, lambda start: (start,), str,
+    for start, end in training.rounds("epoch", 10, 1, str,
                                       {"model": model}):
         clock[0] += 25
         training.log(loss=torch.tensor(1.0))
@@ -293,7 +295,7 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     monkeypatch.undo()
     before, frozen = model.encoder.weight.clone(), model.discriminator.linear.weight.clone()
     training = Training(tmp_path / "again", MADE)
-    for _ in training.rounds("epoch", 2, 1, lambda start: (start,), str, {"model": model}):
+    for _ in training.rounds("epoch", 2, 1, str, {"model": model}):
         training.log(loss=torch.tensor(1.0))
     with torch.no_grad():
         for p in model.parameters():

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 import torchvision
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
@@ -79,8 +79,7 @@ def make_parser(doc, training=True):
     add("--subset", type=number(int, 0), default=0,
         help="train on this many images; 0: all. The probe has the labels of all")
     add("--width", type=number(int, 8, 1024), default=64,
-        help="channels of each network's narrowest stage, the others grow with it; at least 8, as "
-             "some CPUs' kernels corrupt memory with fewer")
+        help="channels of each network's narrowest stage, the others grow with it; at least 8")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="random seed of weights, batches, views and samples")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -94,9 +93,8 @@ def make_parser(doc, training=True):
     add("--ebm-iters", type=number(int, 0), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
-        help="f's negatives: gan, a generator's images after five Langevin steps; ade, adversarial "
-             "dynamics embedding: after 30 steps of learned size, with momentum; cd, contrastive "
-             "divergence: chains from a replay buffer")
+        help="f's negatives: gan, a generator's after five Langevin steps; ade (adversarial "
+             "dynamics embedding), after 30 with momentum; cd (contrastive divergence), replayed")
     add("--ebm-rotation", type=number(float, 0), default=0,
         help="weight of a rotation loss of the discriminator, 0.2 of it of the generator; 0: none")
     if not training:
@@ -148,21 +146,26 @@ def parse_flags(parser, argv=None):
     if parser.parse_known_args(argv)[0].smoke:
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
+    parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
     args = parser.parse_args(argv)
-    args.script, args.version = Path(parser.prog).stem, VERSION
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         raise UserError("--view augment: there is no third view with --use dataset")
     name_files(parser, args)
-    check_files(args)
+    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
+    if ebm.suffix != ".pt":
+        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
+    if "run_dir" in args:
+        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
+    if needs_ebm(args):
+        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
     set_up(args)
     return args
 
 
 def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
-    no_flag_of_its_own = NOT_IDENTITY | {"script", "version"}
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
-                 if flag not in no_flag_of_its_own and value != parser.get_default(flag)]
+                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
     if "run_dir" in args:
         args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
@@ -175,17 +178,6 @@ def needs_ebm(args):
     """Whether the flags ask for images or features of an EBM; alone (common.py) they do."""
     third_view = getattr(args, "coeff", 1) > 0 and getattr(args, "view", "") != "augment"
     return third_view or getattr(args, "use", "") == "dataset"
-
-
-def check_files(args):
-    """UserError where what this command is going to write cannot be written."""
-    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
-    if ebm.suffix != ".pt":
-        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
-    if "run_dir" in args:
-        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
-    if needs_ebm(args):
-        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
 
 
 def check_writable(flag, path, unless):
@@ -246,12 +238,11 @@ def load_images(dataset, data_dir, split):
     except (AttributeError, OSError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
+    images = torch.from_numpy(data.data)
     if dataset == "stl10":
-        images = torch.cat([TF.resize(torch.from_numpy(part), [32, 32], antialias=True)
-                            for part in np.array_split(data.data, 100)])
+        images = torch.cat([TF.resize(x, [32, 32]) for x in images.split(1000)])
         return images, torch.as_tensor(data.labels, dtype=torch.int64)
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-    return images.contiguous(), torch.tensor(data.targets)
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):
@@ -277,14 +268,12 @@ def read_folder(root, split):
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
     if more := set(subfolders(root / split)) - set(classes):
         raise UserError(f"{root / split / min(more)}: no such class in {train}; remove it")
-    try:
-        files = make_dataset(root / split, classes, is_valid_file=is_image,
-                             allow_empty=split != "train")
-    except FileNotFoundError as error:
-        raise UserError(f"{train}: {error}Add some, or remove the class") from None
+    files = make_dataset(root / split, classes, is_valid_file=is_image, allow_empty=True)
     others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
-    if not files:
-        raise UserError(f"--data-dir {root}: no image in {root / split}/<class>/")
+    found = {label for _, label in files}
+    empty = [name for name, label in classes.items() if label not in found]
+    if empty and (split == "train" or not files):
+        raise UserError(f"{root / split / empty[0]}: has no image; add some, or remove the class")
     if others:
         show(f"{root / split}: {len(others)} left out that are no images of a class, "
              f"{others[0]} the first")
@@ -303,33 +292,17 @@ def read_image(path):
     """An image file -> uint8 (32, 32, 3), upright, on white if transparent, 16 bits scaled to 8."""
     try:
         image = Image.open(BytesIO(Path(path).read_bytes()))
-        orientation = pop_orientation(image)
         image.load()
+        with suppress(Exception):                         # metadata that cannot be read, or kept
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
-            bits = bits_of(image)
-            gray = np.asarray(image) * (255 / (2**bits - 1))
+            gray = np.asarray(image) * (255 / (2 ** bits_of(image) - 1))
             image = Image.fromarray(gray.round().astype(np.uint8))
         image = image.convert("RGBA")
     except Exception as error:                            # PIL raises of many kinds on bad files
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
-
-
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
-
-
-def pop_orientation(image):
-    """EXIF's orientation (1 to 8), taken out; metadata that cannot be read is no orientation."""
-    try:
-        return int(image.getexif().pop(0x0112, 1))
-    except Exception:                                     # of any kind, as above
-        return 1
 
 
 def bits_of(image):
@@ -415,12 +388,10 @@ def augment(x):
     # Ten tries per image, as in torchvision's RandomResizedCrop; the whole image if none fits.
     area = height * width * uniform(0.2, 1, b, 10)
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), b, 10).exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w <= width) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)                                     # (B, 1)
-    none = ~fits.any(1)
-    w = w.gather(1, first)[:, 0].masked_fill(none, width)
-    h = h.gather(1, first)[:, 0].masked_fill(none, height)
+    w = F.pad((area * ratio).sqrt().round(), (0, 1), value=width)                  # (B, 11)
+    h = F.pad((area / ratio).sqrt().round(), (0, 1), value=height)
+    first = ((w <= width) & (h <= height)).int().argmax(1, keepdim=True)           # (B, 1)
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
     left = (uniform(0, 1, b) * (width - w + 1)).floor()
     top = (uniform(0, 1, b) * (height - h + 1)).floor()
     rows, columns = resampling(top, h, height), resampling(left, w, width)
@@ -484,12 +455,10 @@ class Encoder(nn.Module):
     def __init__(self, width=64):
         super().__init__()
         self.dim = 8 * width
-        blocks, channels = [], width
-        for out, stride in [(width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)]:
-            shortcut = None if out == channels else nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            blocks += [BasicBlock(channels, out, stride, shortcut), BasicBlock(out, out)]
-            channels = out
+        blocks = [BasicBlock(width, width), BasicBlock(width, width)]
+        for w in (width, 2 * width, 4 * width):
+            shortcut = nn.Sequential(nn.Conv2d(w, 2 * w, 1, 2, bias=False), nn.BatchNorm2d(2 * w))
+            blocks += [BasicBlock(w, 2 * w, 2, shortcut), BasicBlock(2 * w, 2 * w)]
         self.net = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -1419,7 +1388,6 @@ def set_up(args):
                         "leave it out")
     if args.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")              # TF32, as in convolutions
 
 
 def rank():

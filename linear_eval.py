@@ -34,10 +34,8 @@ def extract_features(encoder, images, encode=None):
     """
     was_training, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
-    encode, features = encode or encoder, []
-    for batch in images.split(500):
-        batch = batch.to(device) / (255 if batch.dtype == torch.uint8 else 1)
-        features.append(encode(batch).float())
+    encode, white = encode or encoder, 255 if images.dtype == torch.uint8 else 1
+    features = [encode(x.to(device) / white).float() for x in images.split(500)]
     encoder.train(was_training)
     return torch.cat(features)
 
@@ -48,8 +46,6 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
     votes weighted exp(s / temperature) (arXiv:1805.01978).
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")          # TF32 would change a quarter of these
     k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, []
     if temperature:
         train_x, test_x = F.normalize(train_x), F.normalize(test_x)
@@ -59,7 +55,6 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
         weight = (near / temperature).exp() if temperature else torch.ones_like(near)
         votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
         correct.append(votes.argmax(1) == y)
-    torch.set_float32_matmul_precision(before)
     return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
@@ -71,8 +66,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(train_x), generator=shuffled, dtype=torch.int32)
-              for _ in range(epochs)]
+    orders = [torch.randperm(len(train_x), generator=shuffled) for _ in range(epochs)]
     for order in torch.stack(orders).to(train_x.device):                           # one copy
         for index in order.split(1000):
             loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
@@ -111,10 +105,9 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
         return None
     data = []
     for images, labels in (train, test):
-        labeled = labels >= 0
         with autocast(args):
-            data.append(extract_features(encoder, images[labeled], encode))
-        data.append(labels[labeled].to(args.device))
+            data.append(extract_features(encoder, images[labels >= 0], encode))
+        data.append(labels[labels >= 0].to(args.device))
     result = {metric: METRICS[metric](*data) for metric in metrics}
     if untrained:
         torch.manual_seed(args.seed)
@@ -128,14 +121,13 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
-    config = load(path / "config.json", script=str, dataset=str, data_dir=str, width=int,
-                       seed=int, precision=str, epochs=int)
-    args = settings(config, flags)
+    config = load(path / "config.json", script=str, dataset=str, data_dir=str, subset=int,
+                  width=int, seed=int, precision=str, epochs=int)
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
         return [(config, load(done, **ACCURACIES, untrained=ACCURACIES))]
     saved = load(path / "checkpoint.pt", done=int, model=dict)
-    same_images(path, config, args)
+    args, _ = settings(path, config, flags)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     encoder = Encoder(args.width)
     load_into(encoder, {name.removeprefix("encoder."): value for name, value
@@ -153,8 +145,8 @@ def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
     config = load(path, config=dict(dataset=str, data_dir=str, subset=int, seed=int, precision=str,
                                     ebm_objective=str, ebm_iters=int))["config"]
-    args = settings(config, flags)
-    networks, images = {"": load_ebm(path, flags.device)}, same_images(path, config, args)
+    args, images = settings(path, config, flags)
+    networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:
         torch.manual_seed(seed_of(args.seed))
         networks[", untrained"] = bake(ebm_networks(args)["d"])
@@ -167,26 +159,22 @@ def evaluate_ebm(path, flags):
                    evaluate(network, args, encode, split=flags.split))
 
 
-def same_images(path, config, args):
-    """The training images of a run or an EBM; UserError where they are others now."""
+def settings(path, config, flags):
+    """The flags of a run or an EBM, but for where it is evaluated, and its training images;
+    UserError where they are others now."""
+    args = argparse.Namespace(**{**config, "device": flags.device,
+                                 "data_dir": flags.data_dir or config["data_dir"]})
     images = training_images(args)
     same_config(path, config, {"images": checksum(images)})
-    return images
-
-
-def settings(config, flags):
-    """The flags of a run or an EBM, but for where it is evaluated."""
-    return argparse.Namespace(**{**config, "device": flags.device,
-                                 "data_dir": flags.data_dir or config["data_dir"]})
+    return args, images
 
 
 def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
     differences, paired by seed, to the first setting, where they share several."""
-    configs = [config for config, _ in rows]
-    flags = dict.fromkeys(flag for config in configs for flag in config)       # in their order
-    values = {flag: [config[flag] for config in configs if flag in config] for flag in flags}
-    shared = {flag: v[0] for flag, v in values.items() if all(value == v[0] for value in v)}
+    flags = {flag: value for config, _ in rows for flag, value in config.items()}
+    shared = {flag: value for flag, value in flags.items()
+              if all(config.get(flag, value) == value for config, _ in rows)}
     unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
     groups = {}
     for config, result in rows:
@@ -226,9 +214,7 @@ def why_left_out(path):
         return "a write that was cut off"
     if path.suffix == ".ebm" and path.exists():
         return f"the log of an EBM; the EBM is {path.with_suffix('.pt')}"
-    if not (path / "config.json").exists() and (path / ".lock").exists():
-        return "it has not begun"
-    if not (path / "config.json").exists():
+    if not any((path / name).exists() for name in ("config.json", ".lock")):
         raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
     begun = any((path / name).exists() for name in ("eval.json", "checkpoint.pt"))
     return "" if begun else "it has no checkpoint yet"
@@ -236,15 +222,13 @@ def why_left_out(path):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("paths", nargs="+", type=Path, help="run directories, files of EBMs")
-    parser.add_argument("--split", choices=["test", "val"], default="test",
-                        help="val: a tenth of the training images, held out from the probe, for "
-                             "choosing flags")
-    parser.add_argument("--untrained", action="store_true",
-                        help="a line for the untrained encoder of a run too")
-    parser.add_argument("--data-dir", help="where the images are now (default: where they were)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="torch device")
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, help="run directories, files of EBMs")
+    add("--split", choices=["test", "val"], default="test",
+        help="val: a tenth of the training images, held out from the probe, for choosing flags")
+    add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
+    add("--data-dir", help="where the images are now (default: where they were)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     set_up(args)
     if world_size() > 1:

@@ -250,6 +250,7 @@ def main():
     args = argparse.Namespace(device=given.device, width=64, emb=64, coeff=0, layers="last",
                               temperature=0.5, precision="fp32")
     set_up(args)
+    torch.set_float32_matmul_precision("high")            # on a GPU, TF32 as in its convolutions
     images, _ = draw_shapes(5000, seed=0)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n\n"
           "| | measured | compared |\n|---|---|---|", flush=True)

@@ -121,6 +121,11 @@ def test_only_the_orientation_of_the_metadata_matters(tmp_path, kind):
         expected = upright.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         error = read_image(path).numpy().astype(int) - np.asarray(expected)
         assert np.abs(error).max() <= 6, orientation
+        if kind == "tiff":                                              # and of 16 bits
+            Image.fromarray(np.asarray(turned).astype(np.uint16) * 257).save(
+                path, tiffinfo={0x0112: orientation})
+            error = read_image(path).numpy().astype(int) - np.asarray(expected)
+            assert np.abs(error).max() <= 1, orientation
     if kind != "tiff":                                                  # whose tags are its pixels'
         upright.save(path, exif=b"Exif\0\0nonsense")
         assert read_image(path).shape == (32, 32, 3)
@@ -165,7 +170,7 @@ def test_folder_names_what_is_wrong(folder):
     refused("bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
     (folder / "train" / "plum").mkdir()
-    refused("no valid file for the classes plum")
+    refused("train/plum: has no image; add some")
     (folder / "train" / "plum").rmdir()
     (folder / "test" / "plum").mkdir()
     refused("test/plum: no such class", "test")

@@ -50,18 +50,6 @@ def test_knn_equals_loops(k, temperature):
     assert knn_accuracy(train_x, train_y.roll(1), test_x, test_y, k, temperature) < 50
 
 
-def test_neighbours_are_found_without_tf32(monkeypatch):
-    seen, cdist, before = [], torch.cdist, torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch, "cdist", lambda *points: seen.append(
-        torch.get_float32_matmul_precision()) or cdist(*points))
-    x, y = torch.randn(20, 4), torch.randint(3, (20,))
-    torch.set_float32_matmul_precision("high")                          # as on a GPU
-    knn_accuracy(x, y, x, y, 3)
-    seen.append(torch.get_float32_matmul_precision())
-    torch.set_float32_matmul_precision(before)
-    assert seen == ["highest", "high"]
-
-
 def test_metrics_are_the_base_codes():
     """k = 5, Euclidean; k = 200, cosine, T = 0.1; a probe of 500 epochs."""
     torch.manual_seed(2)

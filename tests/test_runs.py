@@ -344,7 +344,7 @@ def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
     assert "elsewhere: made with other images; name another" in err
     assert "older/config.json: of older code" in err and "ebm.ebm: left out, the log of" in out
     assert not (tmp_path / "all" / "elsewhere" / "eval.json").exists()
-    assert "begun: left out, it has not begun" in out and "ebm.pt.new: left out, a write" in out
+    assert "begun: left out, it has no checkpoint yet" in out and "ebm.pt.new: left out, a write" in out
     status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")
     assert status == 2 and out == "" and err.startswith("error: typo: not a run")
 
@@ -359,7 +359,7 @@ def test_a_table_that_cannot_be_kept_is_still_shown(whole, monkeypatch, capsys):
     def full(path, row):
         raise UserError(f"{path}: cannot be written")
     monkeypatch.setattr(linear_eval, "write_json", full)
-    monkeypatch.setattr(linear_eval, "same_images", lambda *_: None)    # another process drew less
+    monkeypatch.setattr(linear_eval, "same_config", lambda *_: None)    # another process drew less
     monkeypatch.setattr(sys, "argv", ["linear_eval.py", str(whole[0] / "run")])
     linear_eval.main()
     out = capsys.readouterr().out

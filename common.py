@@ -186,7 +186,8 @@ def check_writable(flag, path, unless):
         if not unless.exists():
             found = next(parent for parent in path.absolute().parents if parent.exists())
             with suppress(FileNotFoundError):
-                (found / max(path.parts, key=len)).stat()     # an error if it is too long a name
+                longest = max(path.parts, key=lambda part: len(os.fsencode(part)))
+                (found / longest).stat()                      # an error if it is too long
             tempfile.TemporaryFile(dir=found).close()
     except OSError as error:
         raise UserError(f"{flag}: {error.strerror}; name another") from None
@@ -272,8 +273,10 @@ def read_folder(root, split):
     others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
     found = {label for _, label in files}
     empty = [name for name, label in classes.items() if label not in found]
-    if empty and (split == "train" or not files):
-        raise UserError(f"{root / split / empty[0]}: has no image; add some, or remove the class")
+    if not files:
+        raise UserError(f"{root / split}: has no image of a class; add some, or remove it")
+    if empty and split == "train":
+        raise UserError(f"{train / empty[0]}: has no image; add some, or remove the class")
     if others:
         show(f"{root / split}: {len(others)} left out that are no images of a class, "
              f"{others[0]} the first")
@@ -292,8 +295,10 @@ def read_image(path):
     """An image file -> uint8 (32, 32, 3), upright, on white if transparent, 16 bits scaled to 8."""
     try:
         image = Image.open(BytesIO(Path(path).read_bytes()))
-        image.load()
         with suppress(Exception):                         # metadata that cannot be read, or kept
+            image.getexif()                               # else a TIFF's load would raise
+        image.load()
+        with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
             gray = np.asarray(image) * (255 / (2 ** bits_of(image) - 1))
@@ -1090,8 +1095,8 @@ class Training:
                 same_config(self.path, saved, self.config)
 
     def hold(self, wait=False):
-        """Make the directory, keep others out of it until `close`, and note what is made there.
-        Where another process is at it, raises UserError, or waits."""
+        """Make the directory and keep others out of it until `close`. Where another process is at
+        it, raises UserError, or waits."""
         if rank() > 0:
             return
         if not self.lock.is_locked:
@@ -1106,7 +1111,6 @@ class Training:
                 self.lock.acquire()
             atexit.register(self.close)
         self.check()
-        write_json(self.path / "config.json", self.config)
 
     def close(self):
         """Write the checkpoint that is only in memory, if there is one, and let others in."""
@@ -1127,6 +1131,7 @@ class Training:
         first = self.restore(state)
         self.hold()
         if rank() == 0:
+            write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, first)
         began = self.written = time.time()
         for start in range(first, total, size):
@@ -1290,6 +1295,7 @@ class Run(Training):
         self.hold()
         if rank() > 0 or (self.path / "chain.json").exists():
             return
+        write_json(self.path / "config.json", self.config)
         torch.manual_seed(self.args.seed)
         marks = sorted({0, *range(5, steps, 5), steps})
         with autocast(self.args):
@@ -1388,6 +1394,7 @@ def set_up(args):
                         "leave it out")
     if args.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("highest")           # whatever the environment says
 
 
 def rank():

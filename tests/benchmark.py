@@ -6,7 +6,7 @@ The naive implementation is what one would write first: torchvision's transforms
 two DataLoader workers, fp32, channels first. Rates are of the operations that a direct
 convolution takes; a library may need fewer, and so pass 100 % of the matrix product. On a GPU the
 table has the same rows, timed until the device is done, its memory in place of the host's, and
-TF32 in fp32, for the naive implementation too.
+TF32 in fp32 convolutions, for the naive implementation too.
 """
 import argparse
 import resource
@@ -250,12 +250,13 @@ def main():
     args = argparse.Namespace(device=given.device, width=64, emb=64, coeff=0, layers="last",
                               temperature=0.5, precision="fp32")
     set_up(args)
-    torch.set_float32_matmul_precision("high")            # on a GPU, TF32 as in its convolutions
     images, _ = draw_shapes(5000, seed=0)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n\n"
           "| | measured | compared |\n|---|---|---|", flush=True)
+    torch.set_float32_matmul_precision("high")            # on a GPU, TF32 as in its convolutions
     for name, dtype in [("fp32", torch.float32), ("bf16", torch.bfloat16)]:
         row(f"largest matrix product, {name}", f"{matrix_rate(dtype, args.device) / 1e9:.0f} Gop/s")
+    torch.set_float32_matmul_precision("highest")
     augmentation(images, args.device)
     sampler(args)
     input_gradient(args)

@@ -1,4 +1,5 @@
 """Image folders, drawn shapes, subsets."""
+import shutil
 import struct
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -92,9 +93,9 @@ def test_gray_values_without_a_range_are_refused(tmp_path, dtype):
 
 
 def test_twelve_bits_in_a_tiff(tmp_path):
-    """Two pixels a row of three bytes: 0 and 4095 are black and white."""
+    """Two pixels a row of three bytes: 0 and 4095 are black and white. Its XMP is no metadata."""
     tags = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8),
-            (277, 3, 1), (278, 4, 1), (279, 4, 3)]
+            (277, 3, 1), (278, 4, 1), (279, 4, 3), (700, 2, 120)]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     path = tmp_path / "twelve.tif"
     path.write_bytes(b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\0"
@@ -174,6 +175,9 @@ def test_folder_names_what_is_wrong(folder):
     (folder / "train" / "plum").rmdir()
     (folder / "test" / "plum").mkdir()
     refused("test/plum: no such class", "test")
+    shutil.rmtree(folder / "test")
+    (folder / "test" / "apple").mkdir(parents=True)
+    refused("test: has no image of a class", "test")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():

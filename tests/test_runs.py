@@ -272,6 +272,21 @@ def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
     assert (tmp_path / "err").read_text().startswith("error: run: made with another EBM; name")
 
 
+def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
+    """Its run is held, the EBM looked for, and nothing noted of it before it is known."""
+    Training(tmp_path, {**MADE, "f": 7}).check()
+    common.write_json(tmp_path / "config.json", {**MADE, "f": 7})
+    save(tmp_path / "checkpoint.pt", config={**MADE, "f": 7}, done=1)
+    for f, refused in [(None, False), (8, True), (7, False)]:
+        with closing(Training(tmp_path, dict(MADE))) as training:
+            training.hold()
+            if f:
+                training.config["f"] = f
+            with pytest.raises(UserError, match="another EBM") if refused else nullcontext():
+                training.check()
+    assert json.loads((tmp_path / "config.json").read_text())["f"] == 7
+
+
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
     """And without the frozen discriminator, which the run has from its own file."""
     class Model(torch.nn.Module):
@@ -344,7 +359,7 @@ def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
     assert "elsewhere: made with other images; name another" in err
     assert "older/config.json: of older code" in err and "ebm.ebm: left out, the log of" in out
     assert not (tmp_path / "all" / "elsewhere" / "eval.json").exists()
-    assert "begun: left out, it has no checkpoint yet" in out and "ebm.pt.new: left out, a write" in out
+    assert "begun: left out, it has no checkpoint" in out and "ebm.pt.new: left out, a write" in out
     status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")
     assert status == 2 and out == "" and err.startswith("error: typo: not a run")
 
@@ -359,7 +374,7 @@ def test_a_table_that_cannot_be_kept_is_still_shown(whole, monkeypatch, capsys):
     def full(path, row):
         raise UserError(f"{path}: cannot be written")
     monkeypatch.setattr(linear_eval, "write_json", full)
-    monkeypatch.setattr(linear_eval, "same_config", lambda *_: None)    # another process drew less
+    monkeypatch.setattr(linear_eval, "same_config", lambda *_: None)    # others were drawn there
     monkeypatch.setattr(sys, "argv", ["linear_eval.py", str(whole[0] / "run")])
     linear_eval.main()
     out = capsys.readouterr().out

@@ -151,13 +151,7 @@ def parse_flags(parser, argv=None):
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         raise UserError("--view augment: there is no third view with --use dataset")
     name_files(parser, args)
-    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
-    if ebm.suffix != ".pt":
-        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
-    if "run_dir" in args:
-        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
-    if needs_ebm(args):
-        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
+    check_files(args)
     set_up(args)
     return args
 
@@ -178,6 +172,17 @@ def needs_ebm(args):
     """Whether the flags ask for images or features of an EBM; alone (common.py) they do."""
     third_view = getattr(args, "coeff", 1) > 0 and getattr(args, "view", "") != "augment"
     return third_view or getattr(args, "use", "") == "dataset"
+
+
+def check_files(args):
+    """UserError where what this command is going to write cannot be written."""
+    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
+    if ebm.suffix != ".pt":
+        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
+    if "run_dir" in args:
+        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
+    if needs_ebm(args):
+        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
 
 
 def check_writable(flag, path, unless):

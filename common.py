@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        raise UserError(message)
+        raise UserError(f"{message}; see --help")
 
 
 def number(kind, low, high=math.inf):
@@ -87,7 +87,7 @@ def make_parser(doc, training=True):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="number format in the networks; auto: bf16 where the device is fast in it")
     add("--smoke", action="store_true",
-        help="preset of other flags: drawn shapes, small networks, minutes on a CPU")
+        help="preset of the flags not given: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
     add("--ebm", help="its file, made if missing; None: in runs/, by its flags and --seed")
     add("--ebm-iters", type=number(int, 0), default=4000,

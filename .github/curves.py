@@ -1,4 +1,4 @@
-"""The README's curves: python .github/curves.py LABEL=RUN,RUN... ..., each the seeds of a setting.
+"""curves.svg: python .github/curves.py LABEL=RUN,RUN... ..., each the seeds of a setting.
 
 5-NN accuracy over the epochs, from log.jsonl: the mean over the seeds, and their range as a band.
 """
@@ -19,6 +19,8 @@ for argument in sys.argv[1:]:
     curves[label] = [(epoch, min(at), sum(at) / len(at), max(at)) for epoch in seeds[0]
                      for at in [[seed[epoch] for seed in seeds]]]
 points = [point for curve in curves.values() for point in curve]
+if not points:
+    sys.exit("name LABEL=RUN,RUN of runs with --eval-every")
 epochs, step = max(point[0] for point in points), 5
 low = min(point[1] for point in points) // step * step
 high = -(-max(point[3] for point in points) // step) * step

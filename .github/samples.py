@@ -1,4 +1,4 @@
-"""The README's samples: python .github/samples.py LABEL=FOLDER ..., each the .ebm folder of an EBM.
+"""samples.png: python .github/samples.py LABEL=FOLDER ..., each the .ebm folder of an EBM.
 
 Of its samples.png: training images once, then each EBM's samples after 15 Langevin steps.
 """
@@ -17,6 +17,8 @@ for argument in sys.argv[1:]:
                  for row in (0, 4)]                       # two rows each of x, x_0 and x_s
     rows |= {"images": parts[0]} if not rows else {}
     rows[label] = parts[1]
+if not rows:
+    sys.exit("name LABEL=FOLDER of EBMs")
 picture = Image.new("RGB", (70 + TILE * COLUMNS + 2, TILE * len(rows) + 2), "white")
 font = ImageFont.load_default(13)
 for i, (label, part) in enumerate(rows.items()):

@@ -131,3 +131,13 @@ def test_input_types_and_range():
         torch.manual_seed(1)
         assert torch.equal(from_bytes, augment(x))
     assert augment(torch.rand(2, 3, 48, 40)).shape == (2, 3, 48, 40)
+
+
+def test_where_no_crop_fits_it_is_the_whole_image(monkeypatch):
+    """Every try of the crop is wider than these four columns, or these four rows."""
+    monkeypatch.setattr(common, "color_jitter", lambda x, *_: x)
+    for shape in [(64, 1, 32, 4), (64, 1, 4, 32)]:
+        x = torch.rand(shape).expand(-1, 3, -1, -1)                     # gray, so gray leaves it
+        views = augment(x)
+        same = [(views - y).abs().amax((1, 2, 3)) < 1e-3 for y in (x, x.flip(3))]
+        assert (same[0] | same[1]).all() and not same[0].all()

@@ -274,7 +274,6 @@ def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
 
 def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
     """Its run is held, the EBM looked for, and nothing noted of it before it is known."""
-    Training(tmp_path, {**MADE, "f": 7}).check()
     common.write_json(tmp_path / "config.json", {**MADE, "f": 7})
     save(tmp_path / "checkpoint.pt", config={**MADE, "f": 7}, done=1)
     for f, refused in [(None, False), (8, True), (7, False)]:
@@ -285,6 +284,15 @@ def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
             with pytest.raises(UserError, match="another EBM") if refused else nullcontext():
                 training.check()
     assert json.loads((tmp_path / "config.json").read_text())["f"] == 7
+
+
+def test_what_another_process_has_made_meanwhile_is_seen_and_kept(tmp_path):
+    training = Training(tmp_path, {**MADE, "seed": 0})
+    common.write_json(tmp_path / "config.json", {**MADE, "seed": 1})
+    (tmp_path / "eval.json").touch()
+    with closing(training), pytest.raises(UserError, match="made with --seed 1, not 0"):
+        training.hold()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch):

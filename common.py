@@ -950,8 +950,9 @@ def save_samples(path, x, d, g=None, replay=None, **optimizers):
 
 def ebm_config(images, args, *more):
     """What an EBM was trained on, and how: flags, `more` too, and a checksum of the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", "version"]
-    return {**{flag: getattr(args, flag) for flag in [*flags, *more]}, "images": checksum(images)}
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", *more]
+    return {**{flag: getattr(args, flag) for flag in flags},
+            "version": VERSION, "images": checksum(images)}
 
 
 def get_ebm(images, args):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 360, 50, 40
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]     # told apart by the colour-blind too
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]     # for the colour-blind too
 
 curves = {}                                               # label: [(epoch, low, mean, high)]
 for argument in sys.argv[1:]:
@@ -19,8 +19,8 @@ for argument in sys.argv[1:]:
     curves[label] = [(epoch, min(at), sum(at) / len(at), max(at)) for epoch in seeds[0]
                      for at in [[seed[epoch] for seed in seeds]]]
 points = [point for curve in curves.values() for point in curve]
-if not points:
-    sys.exit("name LABEL=RUN,RUN of runs with --eval-every")
+if not points or len(curves) > len(COLORS):
+    sys.exit(f"name 1 to {len(COLORS)} LABEL=RUN,RUN, of runs with --eval-every")
 epochs, step = max(point[0] for point in points), 5
 low = min(point[1] for point in points) // step * step
 high = -(-max(point[3] for point in points) // step) * step

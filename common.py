@@ -306,23 +306,17 @@ def read_image(path):
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
-            gray = np.asarray(image) * (255 / (2 ** bits_of(image) - 1))
+            bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]        # as a TIFF says, or 16
+            if image.mode == "F" or bits > 16:
+                raise ValueError(f"mode {image.mode} has no range of its own; save it with 8 or "
+                                 "16 bits")
+            gray = np.asarray(image) * (255 / (2 ** bits - 1))
             image = Image.fromarray(gray.round().astype(np.uint8))
         image = image.convert("RGBA")
     except Exception as error:                            # PIL raises of many kinds on bad files
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
-
-
-def bits_of(image):
-    """Bits of the gray values of a PIL image of more than 8, by its format; ValueError if none."""
-    if image.mode != "F" and image.format in {"PNG", "PPM", "JPEG2000"}:
-        return 16
-    if image.mode.startswith("I;16") and image.format == "TIFF":
-        return image.tag_v2.get(258, (16,))[0]            # BitsPerSample: 12 or 16
-    raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; save it with 8 "
-                     "or 16 bits")
 
 
 def draw_shapes(n, seed):

@@ -1299,11 +1299,10 @@ class Run(Training):
         torch.manual_seed(self.args.seed)
         marks = sorted({0, *range(5, steps, 5), steps})
         with autocast(self.args):
-            x, rows = x / 255, []
-            image = mix_with_noise(x, alpha)
-            for done, mark in zip([0, *marks], marks):
-                image = langevin(f, image, mark - done, **flags)
-                rows.append(image)
+            x = x / 255
+            rows = [mix_with_noise(x, alpha)]
+            for done, mark in zip(marks, marks[1:]):
+                rows.append(langevin(f, rows[-1], mark - done, **flags))
             f_of_x, *values = [f(image).float().mean().item() for image in [x, *rows]]
         errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
         psnr = [-10 * error.log10().mean().item() for error in errors]

@@ -165,7 +165,7 @@ def test_generated_images_join_the_others(script, program, monkeypatch):
         return langevin(*given, **named)
     monkeypatch.setattr(common, "langevin", recorded)
     script.main()
-    assert [call["steps"] for call in calls] == [0, 5, 1, 6]            # marks of the picture; all
+    assert [call["steps"] for call in calls] == [5, 1, 6]               # marks of the picture; all
     for call in calls:
         assert {**CHAIN, "steps": call["steps"]} == pytest.approx(
             {name: call[name] for name in CHAIN})

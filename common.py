@@ -1010,15 +1010,12 @@ def load(path, **kinds):
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            kinds = {"config": {}, **kinds}
+            kinds = {"config": {"version": int}, **kinds}
         check_kinds(content, kinds)
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
                         "if it is one of ours, damaged") from None
-    config = content.get("config", content)
-    if config.get("ebm_objective") == "ade" and "version" not in config:
-        raise UserError(f"{path}: of older code, its --ebm-objective ade is gan now; name another")
     return content
 
 

@@ -121,8 +121,8 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
-    config = load(path / "config.json", script=str, dataset=str, data_dir=str, subset=int,
-                  width=int, seed=int, precision=str, epochs=int)
+    config = load(path / "config.json", version=int, script=str, dataset=str, data_dir=str,
+                  subset=int, width=int, seed=int, precision=str, epochs=int)
     done = path / "eval.json"
     if done.exists() and flags.split == "test":
         return [(config, load(done, **ACCURACIES, untrained=ACCURACIES))]
@@ -143,8 +143,8 @@ def evaluate_run(path, flags):
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    config = load(path, config=dict(dataset=str, data_dir=str, subset=int, seed=int, precision=str,
-                                    ebm_objective=str, ebm_iters=int))["config"]
+    config = load(path, config=dict(version=int, dataset=str, data_dir=str, subset=int, seed=int,
+                                    precision=str, ebm_objective=str, ebm_iters=int))["config"]
     args, images = settings(path, config, flags)
     networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:

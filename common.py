@@ -6,7 +6,6 @@ files, runs, devices. Outside a network images are in [0, 1], or uint8 at rest.
     python common.py                        # train the EBM alone (a script does it if needed)
 """
 import argparse
-import atexit
 import json
 import math
 import os
@@ -14,12 +13,10 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from copy import deepcopy
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial, reduce
 from io import BytesIO
@@ -142,7 +139,7 @@ NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where
 
 
 def parse_flags(parser, argv=None):
-    """Parse, with the preset of --smoke; name where things are kept; check what can be known."""
+    """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
     if parser.parse_known_args(argv)[0].smoke:
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
@@ -151,7 +148,6 @@ def parse_flags(parser, argv=None):
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         raise UserError("--view augment: there is no third view with --use dataset")
     name_files(parser, args)
-    check_files(args)
     set_up(args)
     return args
 
@@ -166,36 +162,8 @@ def name_files(parser, args):
              f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
              f"seed={args.seed}" if args.seed else "", args.ebm_iters]
     args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
-
-
-def needs_ebm(args):
-    """Whether the flags ask for images or features of an EBM; alone (common.py) they do."""
-    third_view = getattr(args, "coeff", 1) > 0 and getattr(args, "view", "") != "augment"
-    return third_view or getattr(args, "use", "") == "dataset"
-
-
-def check_files(args):
-    """UserError where what this command is going to write cannot be written."""
-    ebm, run = Path(args.ebm), Path(getattr(args, "run_dir", ""))
-    if ebm.suffix != ".pt":
-        raise UserError(f"--ebm {ebm}: name a file that ends in .pt")
-    if "run_dir" in args:
-        check_writable(f"--run-dir {run}", run / "checkpoint.pt.new", unless=run / "eval.json")
-    if needs_ebm(args):
-        check_writable(f"--ebm {ebm}", ebm.with_name(f"{ebm.name}.new"), unless=ebm)
-
-
-def check_writable(flag, path, unless):
-    """UserError if no file can be made at `path`, whose directories need not be there yet."""
-    try:
-        if not unless.exists():
-            found = next(parent for parent in path.absolute().parents if parent.exists())
-            with suppress(FileNotFoundError):
-                longest = max(path.parts, key=lambda part: len(os.fsencode(part)))
-                (found / longest).stat()                      # an error if it is too long
-            tempfile.TemporaryFile(dir=found).close()
-    except OSError as error:
-        raise UserError(f"{flag}: {error.strerror}; name another") from None
+    if not args.ebm.endswith(".pt"):
+        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
 
 
 def launch(main):
@@ -879,11 +847,12 @@ def train_ebm(images, args):
     its features standardised.
 
     Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
-    the directory X.ebm. Resumes. Raises UserError where f explodes; the last good state stays.
+    the directory X.ebm. Resumes. Raises UserError where f explodes; the checkpoint stays.
     """
     path, config = Path(args.ebm), ebm_config(images, args, "seed", "precision", "data_dir")
-    with closing(Training(path.with_suffix(".ebm"), config)) as training:
-        training.hold(wait=True)
+    training = Training(path.with_suffix(".ebm"), config)
+    training.hold(wait=True)
+    try:
         if not path.exists():                             # else another process has just made it
             state = ebm_rounds(training, images.to(args.device), args)
             standardise(state["d"], images, args)
@@ -891,6 +860,8 @@ def train_ebm(images, args):
             save(path, config=config,
                  **{name: state[name].state_dict() for name in ("d", "g") if name in state})
             (training.path / "checkpoint.pt").unlink(missing_ok=True)
+    finally:
+        training.lock.release()
     return load_ebm(path, args.device)
 
 
@@ -905,8 +876,8 @@ def ebm_rounds(training, images, args):
         if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
             raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}, "
                             f"f(real) {row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, "
-                            f"penalty {row['penalty']:.3g}; the last good state is in "
-                            f"{training.path}; try another --seed or --precision, in another --ebm")
+                            f"penalty {row['penalty']:.3g}; its log is in {training.path}; "
+                            "try another --seed or --precision, in another --ebm")
         return (f"f(real) {row['f_real']:.2f}  f(sample) {row['f_sample']:.2f}  AUC "
                 f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
                 f"{row['sample_std']:.2f}")
@@ -977,7 +948,7 @@ def save(path, **content):
 
 def write_whole(path, fill):
     """Let `fill` write a file beside `path`, then rename it: what is at `path` is always whole."""
-    beside = path.with_name(f"{path.name}.new")
+    beside = path.with_suffix(".new")
     try:
         fill(beside)
         with open(beside, "rb+") as file:
@@ -1043,11 +1014,12 @@ def same_config(path, saved, wanted):
     for flag, value in wanted.items():
         if flag not in NOT_IDENTITY and saved.get(flag) != value:
             other = f"--{flag.replace('_', '-')} {saved.get(flag)}, not {value}"
-            raise UserError(f"{path}: made with {CHECKSUMS.get(flag, other)}; name another "
+            raise UserError(f"{path}: made with {NOT_FLAGS.get(flag, other)}; name another "
                             "--run-dir, --ebm or --data-dir, or use the same flags")
 
 
-CHECKSUMS = {"images": "other images", "f": "another EBM", "version": "other code"}
+NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
+             "ranks": "another number of ranks"}
 
 
 def checksum(*tensors):
@@ -1072,14 +1044,14 @@ CHECKPOINT_SECONDS = 60                                   # at least, between tw
 class Training:
     """Rounds of training, logged and kept in a directory; one process at a time.
 
-    A round is an epoch, or some iterations of an EBM. After each the state is kept in memory; it is
-    written when a minute has passed since the last time, at the end, and when the process exits. An
-    interrupted round is done again, and the resumed run still ends with the same weights.
+    A round is an epoch, or some iterations of an EBM. The state is written after the last, and
+    after others if a minute has passed since the last time. A resumed run does again what came
+    after it, and ends with the same weights.
     """
 
     def __init__(self, path, config):
-        self.path, self.config, self.ranks = Path(path), config, 1
-        self.lock, self.unwritten = FileLock(self.path / ".lock"), None
+        self.path, self.config = Path(path), config
+        self.lock = FileLock(self.path / ".lock")
         self.check()
 
     def check(self):
@@ -1092,13 +1064,13 @@ class Training:
                 same_config(self.path, saved, self.config)
 
     def hold(self, wait=False):
-        """Make the directory and keep others out of it until `close`. Where another process is at
-        it, raises UserError, or waits."""
+        """Make the directory and keep others out of it, until `lock` is released or the process
+        ends. Where another process is at it, raises UserError, or waits."""
         if rank() > 0:
             return
         if not self.lock.is_locked:
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
                 self.lock.acquire(timeout=0)
             except Timeout:
                 if not wait:
@@ -1106,17 +1078,10 @@ class Training:
                                     "name another --run-dir") from None
                 show(f"{self.path}: waiting for the process that makes it")
                 self.lock.acquire()
-            atexit.register(self.close)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another "
+                                "--run-dir or --ebm") from None
         self.check()
-
-    def close(self):
-        """Write the checkpoint that is only in memory, if there is one, and let others in."""
-        atexit.unregister(self.close)
-        try:
-            self.write_checkpoint()
-        except UserError as error:                        # the process may be ending already
-            print(f"error: {error}", file=sys.stderr)
-        self.lock.release()
 
     def rounds(self, counter, total, size, describe, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.
@@ -1130,30 +1095,24 @@ class Training:
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, first)
-        began = self.written = time.time()
+        began = written = time.time()
         for start in range(first, total, size):
             end, self.rows = min(start + size, total), []
             yield start, end
-            row = {counter: end, **mean_of(self.rows, self.ranks)}
+            row = {counter: end, **mean_of(self.rows, self.config.get("ranks", 1))}
             text = describe(row)
             if rank() == 0:
                 append(self.path / "log.jsonl", row)
-                self.unwritten = deepcopy({"config": self.config, "done": end, "ranks": self.ranks,
-                                           **{k: trained_state(v) for k, v in state.items()}})
-                if end == total or time.time() > self.written + CHECKPOINT_SECONDS:
-                    self.write_checkpoint()
+                if end == total or time.time() > written + CHECKPOINT_SECONDS:
+                    save(self.path / "checkpoint.pt", config=self.config, done=end,
+                         **{name: trained_state(part) for name, part in state.items()})
+                    written = time.time()
             left = (time.time() - began) / (end - first) * (total - end)
             show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
 
     def log(self, **terms):
         """Note a step's scalars; the round's line in the log has their means."""
         self.rows.append({name: value.detach() for name, value in terms.items()})
-
-    def write_checkpoint(self):
-        content, self.unwritten = self.unwritten, None    # tried once, even if the disk is full
-        if content is not None:
-            save(self.path / "checkpoint.pt", **content)
-            self.written = time.time()
 
     def restore(self, state):
         """Load the checkpoint, if there is one, into `state`; returns how much was done, or 0."""
@@ -1162,9 +1121,6 @@ class Training:
             return 0
         saved = load(path, done=int, **dict.fromkeys(state, dict))
         same_config(path, saved["config"], self.config)
-        if (ranks := saved.get("ranks", 1)) != self.ranks:
-            raise UserError(f"{path}: made on {ranks} ranks, not {self.ranks}; start as many, or "
-                            "name another --run-dir")
         for name, part in state.items():
             frozen = part.state_dict().keys() - trained_state(part).keys()
             load_into(part, {**saved[name], **{k: part.state_dict()[k] for k in frozen}}, path)
@@ -1205,8 +1161,9 @@ class Run(Training):
     """
 
     def __init__(self, args, images, evaluate):
-        super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
-        self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
+        super().__init__(args.run_dir, {**vars(args), "ranks": world_size(),
+                                        "images": checksum(images)})
+        self.args, self.evaluate, self.step = args, evaluate, 0
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
             show(f"{self.path} is finished")
@@ -1227,11 +1184,13 @@ class Run(Training):
 
     def get_ebm(self, images):
         """The frozen f of the run's EBM, trained first if there is none; None without one."""
-        if not needs_ebm(self.args):
+        args = self.args
+        third_view = args.coeff > 0 and getattr(args, "view", "") != "augment"
+        if not (third_view or getattr(args, "use", "") == "dataset"):
             return None
-        if not Path(self.args.ebm).exists():
+        if not Path(args.ebm).exists():
             self.hold()                                   # as soon as it can take long
-        f = get_ebm(images, self.args)
+        f = get_ebm(images, args)
         self.config["f"] = checksum(*f.state_dict().values())
         self.check()
         return f
@@ -1279,8 +1238,7 @@ class Run(Training):
         wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
         step = wrong.index(True) if any(wrong) else len(rows) - 1
         raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
-                        f"{self.epoch}, {rows[step]}; {self.path} holds epoch {self.epoch - 1}; "
-                        "try a smaller one in another --run-dir")
+                        f"{self.epoch}, {rows[step]}; try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
         """Keep the Langevin chain of images x (B, 3, H, W), uint8, as a picture and in numbers.

@@ -1,5 +1,4 @@
 """Scripts run in processes of their own, which begin with torch imported and can be killed."""
-import atexit
 import importlib
 import multiprocessing
 import os
@@ -43,16 +42,13 @@ def work(script, flags, directory, moment=None, environment={}):
         return call
 
     common.append, common.os.replace = mortal(common.append), mortal(os.replace)
-    common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, float(environment.get("SECONDS", -1))
+    common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
     sys.argv = [script, *{"common": EBM, "linear_eval": []}.get(script, TINY), *flags]
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")
-    try:
-        common.launch(importlib.import_module(script).main)
-    finally:
-        atexit._run_exitfuncs()                         # as at the end of a process of its own
+    common.launch(importlib.import_module(script).main)
 
 
 def start(script, directory, *flags, moment=None, **environment):

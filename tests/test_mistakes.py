@@ -2,6 +2,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ LANGEVIN, DISC = [simclr_langevin, byol_langevin], [simclr_disc, byol_disc]
 BYOL, SIMCLR = [byol_disc, byol_langevin], [simclr_disc, simclr_langevin]
 TRAINING = LANGEVIN + DISC
 ALL = [*TRAINING, common]
-FLAGS = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--ebm-iters", "1"]
+FLAGS = ["--dataset", "synthetic", "--subset", "512", "--width", "8", "--ebm-iters", "1"]
 
 
 class Pickled:
@@ -33,15 +34,20 @@ def foreign(content):
     return put
 
 
+def times():
+    return {path: os.stat(path).st_mtime_ns for path in os.listdir() if path != "runs"}
+
+
 def refused(program, flags, monkeypatch, capsys):
-    """The line on stderr with which the program ends, having left the directory as it was."""
+    """The line on stderr with which the program ends, having left but the lock of a run."""
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
-    before = {path: os.stat(path).st_mtime_ns for path in os.listdir()}
+    before = times()
     with pytest.raises(SystemExit) as end:
         common.launch(program.main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    assert {path: os.stat(path).st_mtime_ns for path in os.listdir()} == before
+    assert times() == before
+    assert all(path.is_dir() or path.name == ".lock" for path in Path("runs").rglob("*"))
     return err
 
 
@@ -55,16 +61,16 @@ CASES = [
     (ALL, "--precision fp16", "--precision"), (ALL, "--device nowhere", "--device nowhere"),
     (ALL, "--dataset mnist", "--dataset"), (ALL, "--dataset folder", "--data-dir data"),
     (ALL, "--dataset cifar10 --data-dir /proc/none", "--data-dir"),
-    (ALL, "--ebm file/ebm.pt", "--ebm file/ebm.pt"), (ALL, "--unknown 1", "--unknown"),
+    (ALL, "--ebm file/ebm.pt", "file/ebm.ebm: cannot be"), (ALL, "--unknown 1", "--unknown"),
     (ALL, "--wid 8", "--wid"), (ALL, "--ebm ebm.partial", "--ebm ebm.partial"),
     (ALL, f"--subset {10 ** 50}", "--subset"),
     (LANGEVIN, "--use dataset --view augment", "--view augment"),
-    (TRAINING, "--run-dir file/run", "--run-dir file/run"), (TRAINING, "--epochs 0", "--epochs"),
-    (TRAINING, "--run-dir file", "--run-dir file: Not a directory; name another"),
-    (TRAINING, f"--run-dir {256 * 'x'}", "xx: File name too long; name another"),
-    (ALL, f"--ebm {250 * 'x'}.pt", "xx.pt: File name too long; name another"),
-    (TRAINING, f"--epochs {10 ** 250}", "File name too long; name another"),
-    (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 65", "--batch-size 65"),
+    (TRAINING, "--run-dir file/run", "file/run"), (TRAINING, "--epochs 0", "--epochs"),
+    (TRAINING, "--run-dir file", "file: cannot be written (File exists); name another"),
+    (TRAINING, f"--run-dir {256 * 'x'}", "File name too long"),
+    (ALL, f"--ebm {252 * 'x'}.pt", "File name too long"),
+    (TRAINING, f"--epochs {10 ** 250}", "File name too long"),
+    (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 513", "size 513"),
     (TRAINING, "--lr inf", "--lr"), (TRAINING, "--lr -1", "--lr"), (TRAINING, "--emb 0", "--emb"),
     (TRAINING, "--coeff -0.1", "--coeff"), (TRAINING, "--coeff nan", "--coeff"),
     (TRAINING, "--eval-every -1", "--eval-every"), (TRAINING, "--schedule flat", "--schedule"),
@@ -96,17 +102,18 @@ def test_a_mistake_is_one_line_and_writes_nothing(programs, flags, named, tmp_pa
     (lambda path: path.write_bytes(b"PK\3\4 truncated"), "not a whole file of ours"),
     (foreign({"d": 1}), "it has no config"), (foreign([1]), "it is a list"),
     (foreign({"config": Pickled()}), "not a whole file of ours"),
-    (foreign({"config": {}}), "made with --dataset None, not synthetic"),
+    (foreign({"config": {}}), "it has no version"),
+    (foreign({"config": {"version": 2}}), "made with --dataset None, not synthetic"),
     (lambda path: path.mkdir(), "not a whole file of ours")])
 def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monkeypatch, capsys):
     """As an EBM, as a checkpoint, and to be evaluated."""
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "ebm.pt")
-    err = refused(byol_disc, [*FLAGS, "--ebm", "ebm.pt", "--batch-size", "64"], monkeypatch, capsys)
+    err = refused(byol_disc, [*FLAGS, "--ebm", "ebm.pt"], monkeypatch, capsys)
     assert "ebm.pt" in err and named in err
     (tmp_path / "run").mkdir()
     put(tmp_path / "run" / "checkpoint.pt")
-    err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "run", "--batch-size", "64"],
+    err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "run"],
                   monkeypatch, capsys)
     assert "run/checkpoint.pt" in err and (named in err or "it has no done" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
@@ -114,35 +121,29 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
     assert not (tmp_path / "code was run").exists()
 
 
-@pytest.mark.parametrize("program", TRAINING)
-def test_what_is_only_read_need_not_be_writable(program, tmp_path, monkeypatch):
-    """Nor is what will be written left to be found out later."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("closed", "open", "closed/finished"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "closed" / "ebm.pt").touch()
-    (tmp_path / "closed" / "finished" / "eval.json").touch()
+def test_what_is_only_read_need_not_be_writable(tmp_path, monkeypatch, capsys):
+    """An EBM that is there, and a finished run; another is told so before anything takes long."""
+    monkeypatch.setattr(sys, "argv", ["byol_disc.py", *FLAGS, "--run-dir", str(tmp_path / "run"),
+                                      "--ebm", str(tmp_path / "ebm.pt")])
+    args, images = byol_disc.parse(), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    common.train_ebm(images, args)
 
-    def temporary_file(dir):
-        if "closed" in str(dir):
-            raise PermissionError(13, "Permission denied")
-        return io.BytesIO()
-
-    monkeypatch.setattr(common.tempfile, "TemporaryFile", temporary_file)
-
-    def parse(flags):
-        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags.split()])
-        return program.parse()
-
-    parse("--run-dir open/run --ebm closed/ebm.pt")
-    parse("--run-dir closed/finished --ebm open/ebm.pt")
-    monkeypatch.chdir(tmp_path / "closed")
-    parse(f"--run-dir {tmp_path}/open/run --coeff 0")
-    for flags, named in [("--run-dir run --coeff 0", "--run-dir run: Permission denied; name"),
-                         (f"--run-dir {tmp_path}/open/run", "--ebm runs/ebm-.*: Permission denied"),
-                         ("--run-dir . --coeff 0", "--run-dir .: Permission denied")]:
-        with pytest.raises(UserError, match=named):
-            parse(flags)
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "mkdir", closed)
+    monkeypatch.setattr(common.FileLock, "acquire", closed)
+    run = common.Run(args, images, None)
+    assert run.get_ebm(images) is not None
+    (tmp_path / "ebm.pt").rename(tmp_path / "other.pt")
+    for write in (lambda: run.get_ebm(images), lambda: common.train_ebm(images, args)):
+        with pytest.raises(UserError, match="cannot be written .Permission denied.; name another"):
+            write()
+    os.mkdir(tmp_path / "run")
+    accuracies = dict.fromkeys(common.ACCURACIES, 50.0)
+    common.write_json(tmp_path / "run" / "eval.json", {**accuracies, "untrained": accuracies})
+    with pytest.raises(SystemExit):
+        common.Run(args, images, None)
+    assert "run is finished" in capsys.readouterr().out
 
 
 RANKS = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")

@@ -1105,7 +1105,7 @@ class Training:
                 append(self.path / "log.jsonl", row)
                 if end == total or time.time() > written + CHECKPOINT_SECONDS:
                     save(self.path / "checkpoint.pt", config=self.config, done=end,
-                         **{name: trained_state(part) for name, part in state.items()})
+                         **{name: part.state_dict() for name, part in state.items()})
                     written = time.time()
             left = (time.time() - began) / (end - first) * (total - end)
             show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
@@ -1122,16 +1122,8 @@ class Training:
         saved = load(path, done=int, **dict.fromkeys(state, dict))
         same_config(path, saved["config"], self.config)
         for name, part in state.items():
-            frozen = part.state_dict().keys() - trained_state(part).keys()
-            load_into(part, {**saved[name], **{k: part.state_dict()[k] for k in frozen}}, path)
+            load_into(part, saved[name], path)
         return saved["done"]
-
-
-def trained_state(part):
-    """part.state_dict() without a discriminator within it, which is frozen, and in a file."""
-    inside = tuple(f"{name}." for name, module in getattr(part, "named_modules", list)()
-                   if name and isinstance(module, Discriminator))
-    return {key: v for key, v in part.state_dict().items() if not key.startswith(inside)}
 
 
 def start_log(path, counter, done):

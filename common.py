@@ -175,8 +175,7 @@ def launch(main):
     try:
         main()
     except (UserError, OSError) as error:
-        lost = "" if isinstance(error, UserError) else "; nothing that was there is lost"
-        print(f"error: {error}{lost}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the last checkpoint, if there is one",
@@ -246,10 +245,8 @@ def read_folder(root, split):
     others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
     found = {label for _, label in files}
     empty = [name for name, label in classes.items() if label not in found]
-    if not files:
-        raise UserError(f"{root / split}: has no image of a class; add some, or remove it")
-    if empty and split == "train":
-        raise UserError(f"{train / empty[0]}: has no image; add some, or remove the class")
+    if empty and (split == "train" or not files):
+        raise UserError(f"{root / split / empty[0]}: has no image; add some, or remove the class")
     if others:
         show(f"{root / split}: {len(others)} left out that are no images of a class, "
              f"{others[0]} the first")
@@ -701,9 +698,8 @@ class ReplayBuffer(nn.Module):
 def ebm_networks(args):
     """{name: module or optimizer}, the names being the parameters of the objective's step.
 
-    EBM_ADAM: the learning rates of D and G, and Adam's second beta. That bounds a step of a weight
-    at lr / sqrt(1 - beta_2), 3 lr; at 0.999 it is 32 lr, and such steps were seen to destroy f
-    (README, "The energy-based model"). `ade` has its authors' 0.999, and spectral norm on f.
+    EBM_ADAM: the learning rates of D and G, and Adam's second beta, which bounds a step of a weight
+    at lr / sqrt(1 - beta_2). `ade` has its authors' 0.999, and spectral norm on f.
     """
     (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
     adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True)
@@ -874,10 +870,8 @@ def ebm_rounds(training, images, args):
     def describe(row):
         finite = all(p.isfinite().all() for p in state["d"].parameters())
         if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}, "
-                            f"f(real) {row['f_real']:.3g}, f(sample) {row['f_sample']:.3g}, "
-                            f"penalty {row['penalty']:.3g}; its log is in {training.path}; "
-                            "try another --seed or --precision, in another --ebm")
+            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}; "
+                            f"{training.path} has its log; try another --seed in another --ebm")
         return (f"f(real) {row['f_real']:.2f}  f(sample) {row['f_sample']:.2f}  AUC "
                 f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
                 f"{row['sample_std']:.2f}")
@@ -973,12 +967,9 @@ def load(path, **kinds):
 
     A kind is a type, or a dict of the kinds within that entry.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file")
     try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text())
+        if Path(path).suffix == ".json":
+            content = json.loads(Path(path).read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
             kinds = {"config": {"version": int}, **kinds}
@@ -1066,9 +1057,7 @@ class Training:
     def hold(self, wait=False):
         """Make the directory and keep others out of it, until `lock` is released or the process
         ends. Where another process is at it, raises UserError, or waits."""
-        if rank() > 0:
-            return
-        if not self.lock.is_locked:
+        if rank() == 0 and not self.lock.is_locked:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock.acquire(timeout=0)
@@ -1223,12 +1212,11 @@ class Run(Training):
 
     def stop_if_not_finite(self, row, model):
         """Raise UserError where the epoch's means or the weights after it are not finite."""
-        if (all(map(math.isfinite, row.values()))
-                and all(p.isfinite().all() for p in model.parameters())):
+        if math.isfinite(sum(row.values())) and all(p.isfinite().all() for p in model.parameters()):
             return
         rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
-        wrong = [not all(map(math.isfinite, terms.values())) for terms in rows]
-        step = wrong.index(True) if any(wrong) else len(rows) - 1
+        wrong = [i for i, terms in enumerate(rows) if not math.isfinite(sum(terms.values()))]
+        step = wrong[0] if wrong else len(rows) - 1
         raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
                         f"{self.epoch}, {rows[step]}; try a smaller one in another --run-dir")
 
@@ -1333,9 +1321,8 @@ def set_up(args):
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    on_cpu = torch.device(args.device).type == "cpu"
-    if (on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
-            and getattr(args, "compile", False)):
+    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
         raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
                         "leave it out")
     if args.device.startswith("cuda"):

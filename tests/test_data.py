@@ -177,7 +177,7 @@ def test_folder_names_what_is_wrong(folder):
     refused("test/plum: no such class", "test")
     shutil.rmtree(folder / "test")
     (folder / "test" / "apple").mkdir(parents=True)
-    refused("test: has no image of a class", "test")
+    refused("test/apple: has no image; add some", "test")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():

@@ -972,7 +972,7 @@ def load(path, **kinds):
             content = json.loads(Path(path).read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            kinds = {"config": {"version": int}, **kinds}
+            kinds["config"] = {"version": int, **kinds.get("config", {})}
         check_kinds(content, kinds)
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__

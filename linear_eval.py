@@ -143,8 +143,8 @@ def evaluate_run(path, flags):
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    config = load(path, config=dict(version=int, dataset=str, data_dir=str, subset=int, seed=int,
-                                    precision=str, ebm_objective=str, ebm_iters=int))["config"]
+    config = load(path, config=dict(dataset=str, data_dir=str, subset=int, seed=int, precision=str,
+                                    ebm_objective=str, ebm_iters=int))["config"]
     args, images = settings(path, config, flags)
     networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 
 from common import (ACCURACIES, NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, checksum,
                     ebm_networks, has_test, launch, load, load_ebm, load_images, load_into,
-                    same_config, seed_of, set_up, show, standardise, training_images, world_size,
-                    write_json)
+                    same_config, seed_of, set_up, show, standardise, training_images, world_size)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -92,11 +91,8 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
     """
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
-        if len(train[0]) < 10:
-            raise UserError(f"--split val: {len(train[0])} training images are too few, it holds "
-                            "out a tenth of them; use --split test")
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
-        held_out, kept = order.tensor_split([len(order) // 10])
+        held_out, kept = order.tensor_split([(len(order) + 9) // 10])
         train, test = [x[kept] for x in train], [x[held_out] for x in train]
     elif has_test(args):
         test = load_images(args.dataset, args.data_dir, "test")
@@ -123,9 +119,8 @@ def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
     config = load(path / "config.json", version=int, script=str, dataset=str, data_dir=str,
                   subset=int, width=int, seed=int, precision=str, epochs=int)
-    done = path / "eval.json"
-    if done.exists() and flags.split == "test":
-        return [(config, load(done, **ACCURACIES, untrained=ACCURACIES))]
+    if (path / "eval.json").exists() and flags.split == "test":
+        return [(config, load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES))]
     saved = load(path / "checkpoint.pt", done=int, model=dict)
     args, _ = settings(path, config, flags)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
@@ -133,11 +128,6 @@ def evaluate_run(path, flags):
     load_into(encoder, {name.removeprefix("encoder."): value for name, value
                         in saved["model"].items() if name.startswith("encoder.")}, path)
     result = evaluate(encoder.to(args.device), args, split=flags.split, untrained=True)
-    if result and saved["done"] == args.epochs and flags.split == "test":
-        try:
-            write_json(done, result)
-        except UserError as error:                        # it may be somebody else's
-            show(str(error))
     return [({**config, "epochs": saved["done"]}, result)]
 
 
@@ -175,7 +165,7 @@ def table(rows, untrained, split):
     flags = {flag: value for config, _ in rows for flag, value in config.items()}
     shared = {flag: value for flag, value in flags.items()
               if all(config.get(flag, value) == value for config, _ in rows)}
-    unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
+    unshown = NOT_IDENTITY | {"script", "seed", "f", "version", "ranks"}     # f is the seed's EBM
     groups = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
@@ -208,18 +198,6 @@ def table(rows, untrained, split):
                       f"{caption}"])
 
 
-def why_left_out(path):
-    """Why there is nothing to evaluate at a path, though it is one of ours; "" if there is."""
-    if path.suffix == ".new":
-        return "a write that was cut off"
-    if path.suffix == ".ebm" and path.exists():
-        return f"the log of an EBM; the EBM is {path.with_suffix('.pt')}"
-    if not any((path / name).exists() for name in ("config.json", ".lock")):
-        raise UserError(f"{path}: not a run (it has no config.json) and not an EBM (.pt)")
-    begun = any((path / name).exists() for name in ("eval.json", "checkpoint.pt"))
-    return "" if begun else "it has no checkpoint yet"
-
-
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -237,20 +215,23 @@ def main():
     for path in dict.fromkeys(args.paths):                # what is wrong with a name shows now
         if path.suffix == ".pt" and path.exists():
             jobs.append((evaluate_ebm, path))
-        elif reason := why_left_out(path):
-            show(f"{path}: left out, {reason}")
-        else:
+        elif path.suffix != ".ebm" and any((path / name).exists() for name in
+                                           ("eval.json", "checkpoint.pt")):
             jobs.append((evaluate_run, path))
+        elif path.exists():
+            show(f"{path}: left out, it is no EBM (.pt) and no run with a checkpoint")
+        else:
+            raise UserError(f"{path}: there is no such file")
     for evaluate_one, path in jobs:
         try:
             rows += [row for row in evaluate_one(path, args) if row[1]]
         except UserError as error:                        # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)
-    if rows or not problems:
+    if rows:
         print(table(rows, args.untrained, args.split))
-    if problems:
-        raise UserError("; ".join(problems))
+    if problems or not rows:
+        raise UserError("; ".join(problems) or "nothing to evaluate")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ CASES = [
     (SIMCLR, "--temperature 0", "--temperature"), (BYOL, "--tau 1.1", "--tau"),
     (BYOL, "--tau nan", "--tau"),
     ([linear_eval], "", "paths"), ([linear_eval], "nowhere", "nowhere"),
-    ([linear_eval], "file", "file"), ([linear_eval], "nowhere.pt", "nowhere.pt"),
+    ([linear_eval], "file", "nothing"), ([linear_eval], "nowhere.pt", "nowhere.pt"),
 ]
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import common
-import linear_eval
 import processes
 from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
 

@@ -84,10 +84,9 @@ METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
     """Accuracies (%) {metric: value} of the encoder's frozen features.
 
-    Probe and kNN have the labels of all training images, whatever --subset. Tested on the test
-    images, or with split "val" on a tenth of the training images held out; `untrained`: as in
-    eval.json, with the split and the accuracies of an untrained encoder. None, with a printed line,
-    where there are no test images.
+    Probe and kNN have the labels of all training images, whatever --subset. With split "val" a
+    tenth of them, held out, are the test images. `untrained`: with the split, and an untrained
+    encoder's accuracies, as in eval.json. None, with a printed line, without test images.
     """
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
@@ -117,8 +116,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
-    config = load(path / "config.json", version=int, script=str, dataset=str, data_dir=str,
-                  subset=int, width=int, seed=int, precision=str, epochs=int)
+    config = load(path / "config.json", version=int, script=str)
     if (path / "eval.json").exists() and flags.split == "test":
         return [(config, load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES))]
     saved = load(path / "checkpoint.pt", done=int, model=dict)
@@ -133,8 +131,7 @@ def evaluate_run(path, flags):
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    config = load(path, config=dict(dataset=str, data_dir=str, subset=int, seed=int, precision=str,
-                                    ebm_objective=str, ebm_iters=int))["config"]
+    config = load(path, config={"ebm_iters": int})["config"]
     args, images = settings(path, config, flags)
     networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:
@@ -150,8 +147,7 @@ def evaluate_ebm(path, flags):
 
 
 def settings(path, config, flags):
-    """The flags of a run or an EBM, but for where it is evaluated, and its training images;
-    UserError where they are others now."""
+    """The flags of a run or an EBM, evaluated here, and its training images, if still the same."""
     args = argparse.Namespace(**{**config, "device": flags.device,
                                  "data_dir": flags.data_dir or config["data_dir"]})
     images = training_images(args)
@@ -211,20 +207,18 @@ def main():
     set_up(args)
     if world_size() > 1:
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
-    jobs, rows, problems = [], [], []
-    for path in dict.fromkeys(args.paths):                # what is wrong with a name shows now
-        if path.suffix == ".pt" and path.exists():
-            jobs.append((evaluate_ebm, path))
-        elif path.suffix != ".ebm" and any((path / name).exists() for name in
-                                           ("eval.json", "checkpoint.pt")):
-            jobs.append((evaluate_run, path))
-        elif path.exists():
+    if missing := [path for path in args.paths if not path.exists()]:
+        raise UserError(f"{missing[0]}: there is no such file")
+    rows, problems = [], []
+    for path in dict.fromkeys(args.paths):
+        is_run = path.suffix != ".ebm" and any((path / name).exists() for name in
+                                               ("eval.json", "checkpoint.pt"))
+        if not is_run and path.suffix != ".pt":
             show(f"{path}: left out, it is no EBM (.pt) and no run with a checkpoint")
-        else:
-            raise UserError(f"{path}: there is no such file")
-    for evaluate_one, path in jobs:
+            continue
         try:
-            rows += [row for row in evaluate_one(path, args) if row[1]]
+            found = (evaluate_run if is_run else evaluate_ebm)(path, args)
+            rows += [row for row in found if row[1]]
         except UserError as error:                        # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)

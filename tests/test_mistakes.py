@@ -117,7 +117,7 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
                   monkeypatch, capsys)
     assert "run/checkpoint.pt" in err and (named in err or "it has no done" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
-    assert "ebm.pt" in err and (named in err or "it has no d" in err)
+    assert "ebm.pt" in err and (named in err or "it has no ebm_iters" in err)
     assert not (tmp_path / "code was run").exists()
 
 

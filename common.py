@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
 # --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
-# A flag is added here, or in the one script that needs it; `parse_flags` names and checks paths.
+# A flag is added here, or in the one script that needs it; `parse_flags` names the paths.
 
 
 class UserError(Exception):
@@ -162,7 +162,7 @@ def name_files(parser, args):
              f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
              f"seed={args.seed}" if args.seed else "", args.ebm_iters]
     args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
-    if not args.ebm.endswith(".pt"):
+    if Path(args.ebm).suffix != ".pt":
         raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
 
 
@@ -178,8 +178,7 @@ def launch(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last checkpoint, if there is one",
-              file=sys.stderr)
+        print("\nstopped: the same command goes on from its checkpoint, if any", file=sys.stderr)
         sys.exit(130)
 
 
@@ -246,10 +245,10 @@ def read_folder(root, split):
     found = {label for _, label in files}
     empty = [name for name, label in classes.items() if label not in found]
     if empty and (split == "train" or not files):
-        raise UserError(f"{root / split / empty[0]}: has no image; add some, or remove the class")
+        folder = train / empty[0] if split == "train" else root / split
+        raise UserError(f"{folder}: has no image of a class; add some, or remove it")
     if others:
-        show(f"{root / split}: {len(others)} left out that are no images of a class, "
-             f"{others[0]} the first")
+        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0]}, ...")
 
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
@@ -272,10 +271,11 @@ def read_image(path):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
             bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]        # as a TIFF says, or 16
-            if image.mode == "F" or bits > 16:
-                raise ValueError(f"mode {image.mode} has no range of its own; save it with 8 or "
-                                 "16 bits")
             gray = np.asarray(image) * (255 / (2 ** bits - 1))
+            if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F"
+                    or bits > 16 or gray.min() < 0):
+                raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; "
+                                 "save it with 8 or 16 bits")
             image = Image.fromarray(gray.round().astype(np.uint8))
         image = image.convert("RGBA")
     except Exception as error:                            # PIL raises of many kinds on bad files
@@ -843,7 +843,7 @@ def train_ebm(images, args):
     its features standardised.
 
     Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
-    the directory X.ebm. Resumes. Raises UserError where f explodes; the checkpoint stays.
+    the directory X.ebm. Resumes. Raises UserError where f explodes.
     """
     path, config = Path(args.ebm), ebm_config(images, args, "seed", "precision", "data_dir")
     training = Training(path.with_suffix(".ebm"), config)
@@ -870,11 +870,11 @@ def ebm_rounds(training, images, args):
     def describe(row):
         finite = all(p.isfinite().all() for p in state["d"].parameters())
         if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}; "
+            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}, "
+                            f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
                             f"{training.path} has its log; try another --seed in another --ebm")
-        return (f"f(real) {row['f_real']:.2f}  f(sample) {row['f_sample']:.2f}  AUC "
-                f"{row['auc']:.2f}  clamped {row['clamped']:.0%}  sample std "
-                f"{row['sample_std']:.2f}")
+        return ("f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  "
+                "clamped {clamped:.0%}  sample std {sample_std:.2f}").format_map(row)
 
     for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, describe, state):
         torch.manual_seed(seed_of(args.seed, start))
@@ -949,7 +949,8 @@ def write_whole(path, fill):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:              # torch's is a RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"{path}: cannot be written ({error}); what was there still is") from None
 
 
@@ -974,10 +975,12 @@ def load(path, **kinds):
             content = torch.load(path, map_location="cpu", weights_only=True)
             kinds["config"] = {"version": int, **kinds.get("config", {})}
         check_kinds(content, kinds)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
     except Exception as error:                            # truncated, foreign, or with code in it
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
-                        "if it is one of ours, damaged") from None
+                        "if it is one of ours, damaged or of older code") from None
     return content
 
 
@@ -1009,8 +1012,7 @@ def same_config(path, saved, wanted):
                             "--run-dir, --ebm or --data-dir, or use the same flags")
 
 
-NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
-             "ranks": "another number of ranks"}
+NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code"}
 
 
 def checksum(*tensors):
@@ -1041,7 +1043,7 @@ class Training:
     """
 
     def __init__(self, path, config):
-        self.path, self.config = Path(path), config
+        self.path, self.config, self.ranks = Path(path), config, 1
         self.lock = FileLock(self.path / ".lock")
         self.check()
 
@@ -1068,8 +1070,7 @@ class Training:
                 show(f"{self.path}: waiting for the process that makes it")
                 self.lock.acquire()
             except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another "
-                                "--run-dir or --ebm") from None
+                raise UserError(f"{self.path}: {error.strerror}; name another place") from None
         self.check()
 
     def rounds(self, counter, total, size, describe, state):
@@ -1079,8 +1080,8 @@ class Training:
         for the row of means, which it may add to, or refuse with UserError; state: {name: what has
         a state_dict}. Who takes a round seeds it.
         """
-        first = self.restore(state)
         self.hold()
+        first = self.restore(state)
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, first)
@@ -1088,13 +1089,13 @@ class Training:
         for start in range(first, total, size):
             end, self.rows = min(start + size, total), []
             yield start, end
-            row = {counter: end, **mean_of(self.rows, self.config.get("ranks", 1))}
+            row = {counter: end, **mean_of(self.rows, self.ranks)}
             text = describe(row)
             if rank() == 0:
                 append(self.path / "log.jsonl", row)
                 if end == total or time.time() > written + CHECKPOINT_SECONDS:
-                    save(self.path / "checkpoint.pt", config=self.config, done=end,
-                         **{name: part.state_dict() for name, part in state.items()})
+                    save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
+                         done=end, **{name: part.state_dict() for name, part in state.items()})
                     written = time.time()
             left = (time.time() - began) / (end - first) * (total - end)
             show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
@@ -1108,8 +1109,10 @@ class Training:
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return 0
-        saved = load(path, done=int, **dict.fromkeys(state, dict))
+        saved = load(path, done=int, ranks=int, **dict.fromkeys(state, dict))
         same_config(path, saved["config"], self.config)
+        if saved["ranks"] != self.ranks:
+            raise UserError(f"{path}: made on {saved['ranks']} ranks; start as many")
         for name, part in state.items():
             load_into(part, saved[name], path)
         return saved["done"]
@@ -1142,9 +1145,8 @@ class Run(Training):
     """
 
     def __init__(self, args, images, evaluate):
-        super().__init__(args.run_dir, {**vars(args), "ranks": world_size(),
-                                        "images": checksum(images)})
-        self.args, self.evaluate, self.step = args, evaluate, 0
+        super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
+        self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
             show(f"{self.path} is finished")
@@ -1245,9 +1247,8 @@ class Run(Training):
                     partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
         write_json(self.path / "chain.json",
                    {"steps": marks, "psnr": psnr, "f": values, "f_of_x": f_of_x})
-        show(f"Langevin: noise std {flags['noise_std']:g} of the pixel range; f(x) {f_of_x:.2f}; "
-             f"from I_0 to I_{steps}, f {values[0]:.2f} to {values[-1]:.2f}, {psnr[0]:.1f} to "
-             f"{psnr[-1]:.1f} dB to x")
+        show(f"Langevin from I_0 to I_{steps}: f {values[0]:.2f} to {values[-1]:.2f} (of x "
+             f"{f_of_x:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
 
     def generated(self, f, images):
         """A generated image for each of images (N, 3, H, W), uint8; made once, in generated.pt."""
@@ -1314,9 +1315,8 @@ def set_up(args):
                 args.device = f"cuda:{local}"
                 torch.cuda.set_device(args.device)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other ranks by {', '.join(names)} "
-                        f"({str(error).splitlines()[0]}): start with torchrun, or unset its "
-                        "variables") from None
+        raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
+                        f"torchrun, or unset its variables, {', '.join(names)}") from None
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError) as error:

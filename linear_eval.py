@@ -91,7 +91,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
-        held_out, kept = order.tensor_split([(len(order) + 9) // 10])
+        held_out, kept = order.tensor_split([max(1, len(order) // 10)])
         train, test = [x[kept] for x in train], [x[held_out] for x in train]
     elif has_test(args):
         test = load_images(args.dataset, args.data_dir, "test")
@@ -113,10 +113,11 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 # --- One table over runs and EBMs ------------------------------------------------------------
 
+SETTINGS = dict(dataset=str, data_dir=str, subset=int, width=int, seed=int, precision=str)
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
-    config = load(path / "config.json", version=int, script=str)
+    config = load(path / "config.json", version=int, script=str, epochs=int, **SETTINGS)
     if (path / "eval.json").exists() and flags.split == "test":
         return [(config, load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES))]
     saved = load(path / "checkpoint.pt", done=int, model=dict)
@@ -131,7 +132,7 @@ def evaluate_run(path, flags):
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    config = load(path, config={"ebm_iters": int})["config"]
+    config = load(path, config=dict(ebm_objective=str, ebm_iters=int, **SETTINGS))["config"]
     args, images = settings(path, config, flags)
     networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:
@@ -161,7 +162,7 @@ def table(rows, untrained, split):
     flags = {flag: value for config, _ in rows for flag, value in config.items()}
     shared = {flag: value for flag, value in flags.items()
               if all(config.get(flag, value) == value for config, _ in rows)}
-    unshown = NOT_IDENTITY | {"script", "seed", "f", "version", "ranks"}     # f is the seed's EBM
+    unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
     groups = {}
     for config, result in rows:
         differing = [f"{flag}={value}" for flag, value in config.items()
@@ -207,7 +208,7 @@ def main():
     set_up(args)
     if world_size() > 1:
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
-    if missing := [path for path in args.paths if not path.exists()]:
+    if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
         raise UserError(f"{missing[0]}: there is no such file")
     rows, problems = [], []
     for path in dict.fromkeys(args.paths):

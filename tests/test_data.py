@@ -61,7 +61,7 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert labels.tolist() == [0] * 8 + [1] * 3
     assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
     assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
-    assert "2 left out that are no images of a class, " in capsys.readouterr().out
+    assert "2 left out, no images of a class: " in capsys.readouterr().out
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -84,10 +84,14 @@ def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolera
         assert np.abs(channel - expected).max() <= tolerance
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.int16])
 def test_gray_values_without_a_range_are_refused(tmp_path, dtype):
     path = tmp_path / "ramp.tiff"
-    Image.fromarray((RAMP / 65535).astype(dtype)).save(path)
+    gray = np.ascontiguousarray(RAMP / 64 - 512, dtype)
+    if dtype == np.int16:                               # PIL reads it, and does not write it
+        Image.fromarray(gray.view(np.uint16)).save(path, tiffinfo={339: 2})
+    else:
+        Image.fromarray(gray).save(path)
     with pytest.raises(UserError, match="ramp.tiff: .* has no range of its own; save it with 8"):
         read_image(path)
 
@@ -171,13 +175,13 @@ def test_folder_names_what_is_wrong(folder):
     refused("bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
     (folder / "train" / "plum").mkdir()
-    refused("train/plum: has no image; add some")
+    refused("train/plum: has no image of a class; add some")
     (folder / "train" / "plum").rmdir()
     (folder / "test" / "plum").mkdir()
     refused("test/plum: no such class", "test")
     shutil.rmtree(folder / "test")
     (folder / "test" / "apple").mkdir(parents=True)
-    refused("test/apple: has no image; add some", "test")
+    refused("/test: has no image of a class; add some, or remove it", "test")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():

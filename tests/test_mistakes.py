@@ -1,4 +1,4 @@
-"""Bad input, to all six programs: exit status 2, one line that names it, and nothing written."""
+"""Bad input, to all six programs: exit status 2, one line that names it, and no file written."""
 import io
 import os
 import sys
@@ -35,7 +35,8 @@ def foreign(content):
 
 
 def times():
-    return {path: os.stat(path).st_mtime_ns for path in os.listdir() if path != "runs"}
+    return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 
 def refused(program, flags, monkeypatch, capsys):
@@ -47,7 +48,6 @@ def refused(program, flags, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     assert times() == before
-    assert all(path.is_dir() or path.name == ".lock" for path in Path("runs").rglob("*"))
     return err
 
 
@@ -61,12 +61,12 @@ CASES = [
     (ALL, "--precision fp16", "--precision"), (ALL, "--device nowhere", "--device nowhere"),
     (ALL, "--dataset mnist", "--dataset"), (ALL, "--dataset folder", "--data-dir data"),
     (ALL, "--dataset cifar10 --data-dir /proc/none", "--data-dir"),
-    (ALL, "--ebm file/ebm.pt", "file/ebm.ebm: cannot be"), (ALL, "--unknown 1", "--unknown"),
+    (ALL, "--ebm file/ebm.pt", "file/ebm.ebm: Not a directory"), (ALL, "--unknown 1", "--unknown"),
     (ALL, "--wid 8", "--wid"), (ALL, "--ebm ebm.partial", "--ebm ebm.partial"),
     (ALL, f"--subset {10 ** 50}", "--subset"),
     (LANGEVIN, "--use dataset --view augment", "--view augment"),
     (TRAINING, "--run-dir file/run", "file/run"), (TRAINING, "--epochs 0", "--epochs"),
-    (TRAINING, "--run-dir file", "file: cannot be written (File exists); name another"),
+    (TRAINING, "--run-dir file", "file: File exists; name another"),
     (TRAINING, f"--run-dir {256 * 'x'}", "File name too long"),
     (ALL, f"--ebm {252 * 'x'}.pt", "File name too long"),
     (TRAINING, f"--epochs {10 ** 250}", "File name too long"),
@@ -88,7 +88,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("programs, flags, named", CASES, ids=[flags for _, flags, _ in CASES])
-def test_a_mistake_is_one_line_and_writes_nothing(programs, flags, named, tmp_path, monkeypatch,
+def test_a_mistake_is_one_line_and_writes_no_file(programs, flags, named, tmp_path, monkeypatch,
                                                   capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -111,13 +111,12 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
     put(tmp_path / "ebm.pt")
     err = refused(byol_disc, [*FLAGS, "--ebm", "ebm.pt"], monkeypatch, capsys)
     assert "ebm.pt" in err and named in err
-    (tmp_path / "run").mkdir()
-    put(tmp_path / "run" / "checkpoint.pt")
-    err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "run"],
-                  monkeypatch, capsys)
-    assert "run/checkpoint.pt" in err and (named in err or "it has no done" in err)
+    (tmp_path / "other").mkdir()
+    put(tmp_path / "other" / "checkpoint.pt")
+    err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "other"], monkeypatch, capsys)
+    assert "other/checkpoint.pt" in err and (named in err or "it has no done" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
-    assert "ebm.pt" in err and (named in err or "it has no ebm_iters" in err)
+    assert "ebm.pt" in err and (named in err or "it has no ebm" in err)
     assert not (tmp_path / "code was run").exists()
 
 
@@ -130,15 +129,14 @@ def test_what_is_only_read_need_not_be_writable(tmp_path, monkeypatch, capsys):
 
     def closed(*_, **__):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "mkdir", closed)
     monkeypatch.setattr(common.FileLock, "acquire", closed)
     run = common.Run(args, images, None)
     assert run.get_ebm(images) is not None
     (tmp_path / "ebm.pt").rename(tmp_path / "other.pt")
-    for write in (lambda: run.get_ebm(images), lambda: common.train_ebm(images, args)):
-        with pytest.raises(UserError, match="cannot be written .Permission denied.; name another"):
+    for write in (lambda: run.get_ebm(images), lambda: common.train_ebm(images, args),
+                  lambda: next(run.epochs())):
+        with pytest.raises(UserError, match="(run|ebm.ebm): Permission denied; name another"):
             write()
-    os.mkdir(tmp_path / "run")
     accuracies = dict.fromkeys(common.ACCURACIES, 50.0)
     common.write_json(tmp_path / "run" / "eval.json", {**accuracies, "untrained": accuracies})
     with pytest.raises(SystemExit):

@@ -34,7 +34,7 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
     both[1].kill()
     wait(both[1])
     saved = torch.load(killed / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["done"] == 1
+    assert saved["done"] == 1 and saved["ranks"] == 2
     assert [wait(rank) for rank in ranks(script, killed, *flags)] == [0, 0]
     expected, resumed = (torch.load(directory / "run" / "checkpoint.pt", weights_only=True)["model"]
                          for directory in (whole, killed))

@@ -85,8 +85,8 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
         time.sleep(0.002)
     process.terminate()
     assert processes.wait(process) == 130
-    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
-                                             "checkpoint, if there is one")
+    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from its "
+                                             "checkpoint, if any")
     interrupted = weights(tmp_path)
     status, out, err = finish("byol_disc", tmp_path, *FIVE)
     assert status == 0, err
@@ -137,7 +137,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, monkeypatch,
 
 def test_a_checkpoint_of_other_code_is_refused(tmp_path):
     training = Training(tmp_path, MADE)
-    save(tmp_path / "checkpoint.pt", config=MADE, done=1, model=torch.nn.Linear(2, 2).state_dict())
+    save(tmp_path / "checkpoint.pt", config=MADE, done=1, ranks=1,
+         model=torch.nn.Linear(2, 2).state_dict())
     assert training.restore({"model": torch.nn.Linear(2, 2)}) == 1
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
         with pytest.raises(UserError, match=f"other code, its {type(other).__name__} is not"):
@@ -158,11 +159,12 @@ def test_every_flag_but_five_tells_runs_apart(script, tmp_path, monkeypatch):
 
 
 def test_another_number_of_ranks_is_refused(tmp_path):
-    common.write_json(tmp_path / "config.json", {**MADE, "ranks": 1})
-    (tmp_path / "checkpoint.pt").touch()
-    Training(tmp_path, {**MADE, "ranks": 1})
-    with pytest.raises(UserError, match="made with another number of ranks; name another"):
-        Training(tmp_path, {**MADE, "ranks": 2})
+    training, model = Training(tmp_path, MADE), torch.nn.Linear(2, 2)
+    for _ in training.rounds("epoch", 1, 1, str, {"model": model}):
+        training.log(loss=torch.tensor(1.0))
+    training.ranks = 2
+    with pytest.raises(UserError, match="checkpoint.pt: made on 1 ranks; start as many"):
+        training.restore({"model": model})
 
 
 @pytest.mark.parametrize("name, content", [

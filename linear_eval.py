@@ -1,8 +1,7 @@
 """Linear and kNN accuracy of frozen features, for one or many runs, as one markdown table.
 
-    python linear_eval.py runs/*                        # every run, finished or not, and EBM
-    python linear_eval.py runs/byol_* --untrained       # and the floor, an untrained encoder
-    python linear_eval.py runs/ebm-*.pt                 # the features of an EBM's discriminator
+    python linear_eval.py runs/*                   # every run, finished or not; every EBM's D
+    python linear_eval.py runs/* --untrained       # and the floor, an untrained encoder or D
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
@@ -191,8 +190,7 @@ def table(rows, untrained, split):
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
     caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()
                         if flag == "script" or flag not in unshown | {"images"})
-    return "\n".join([*lines, "", f"Accuracy in %, {split} split. All, where they have the flag: "
-                      f"{caption}"])
+    return "\n".join([*lines, "", f"Accuracy in %, {split} split. Flags in common: {caption}"])
 
 
 def main():
@@ -212,14 +210,13 @@ def main():
         raise UserError(f"{missing[0]}: there is no such file")
     rows, problems = [], []
     for path in dict.fromkeys(args.paths):
-        is_run = path.suffix != ".ebm" and any((path / name).exists() for name in
-                                               ("eval.json", "checkpoint.pt"))
-        if not is_run and path.suffix != ".pt":
+        made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
+        if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
             show(f"{path}: left out, it is no EBM (.pt) and no run with a checkpoint")
             continue
         try:
-            found = (evaluate_run if is_run else evaluate_ebm)(path, args)
-            rows += [row for row in found if row[1]]
+            evaluated = (evaluate_run if made else evaluate_ebm)(path, args)
+            rows += [row for row in evaluated if row[1]]
         except UserError as error:                        # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)

@@ -121,7 +121,7 @@ def test_table_joins_seeds_and_nothing_else():
     assert lines[2] == "| byol_disc coeff=0.1 | 52.00 ± 2.83 | 30.00 ± 0.00 | 40.00 ± 0.00 | 2 |"
     assert lines[3].startswith("| byol_disc coeff=0.1, untrained encoder | 10.50 ± 0.71 |")
     assert lines[4] == "| byol_disc coeff=1.0 | 60.00 | 30.00 | 40.00 | 1 |"
-    assert lines[-1] == ("Accuracy in %, test split. All, where they have the flag: "
+    assert lines[-1] == ("Accuracy in %, test split. Flags in common: "
                          "script=byol_disc, epochs=5")
 
 

@@ -78,6 +78,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
 
 METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
            "knn_cosine": partial(knn_accuracy, k=200, temperature=0.1)}
+SETTINGS = dict(dataset=str, data_dir=str, subset=int, width=int, seed=int, precision=str)
 
 
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
@@ -112,7 +113,6 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 # --- One table over runs and EBMs ------------------------------------------------------------
 
-SETTINGS = dict(dataset=str, data_dir=str, subset=int, width=int, seed=int, precision=str)
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
@@ -212,7 +212,7 @@ def main():
     for path in dict.fromkeys(args.paths):
         made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
         if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
-            show(f"{path}: left out, it is no EBM (.pt) and no run with a checkpoint")
+            show(f"{path}: left out, no EBM, no run to evaluate", passing=path.suffix == ".ebm")
             continue
         try:
             evaluated = (evaluate_run if made else evaluate_ebm)(path, args)

@@ -174,11 +174,14 @@ def launch(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from its checkpoint, if any", file=sys.stderr)
+        print("\nstopped: the same command goes on from its checkpoint, written once a minute",
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -1309,11 +1312,13 @@ def set_up(args):
             number, ranks, local = (int(os.environ[name]) for name in names[:3])
             if not 0 <= number < ranks:
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            backend = "nccl" if args.device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may train an EBM
-            if backend == "nccl":
+            device = None
+            if args.device.startswith("cuda"):
                 args.device = f"cuda:{local}"
-                torch.cuda.set_device(args.device)
+                device = torch.device(args.device)
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device else "gloo", device_id=device,
+                                    timeout=timedelta(days=1))           # rank 0 may train an EBM
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
                         f"torchrun, or unset its variables, {', '.join(names)}") from None

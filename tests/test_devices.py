@@ -1,4 +1,6 @@
 """Two gloo ranks against one: the same loss and the same gradient, to 1e-5."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,3 +97,30 @@ def test_a_gather_without_gradient_is_noticed(one_rank, tmp_path):
     same = [torch.allclose(a, b, atol=1e-5) for (_, a), (_, b) in zip(one_rank, cut)]
     assert same == [False, False, True, False, True]    # BYOL has no negatives to gather
     assert all(torch.allclose(a, b, atol=1e-5) for (a, _), (b, _) in zip(one_rank, cut))
+
+
+def test_cuda_ranks_name_their_device(monkeypatch):
+    joined, chosen = {}, []
+    for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: joined.update(
+        backend=backend, **more))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))        # is there
+    args = SimpleNamespace(device="cuda")
+    common.set_up(args)
+    assert args.device == "cuda:1" and chosen == [torch.device("cuda:1")]
+    assert joined["backend"] == "nccl" and joined["device_id"] == torch.device("cuda:1")
+    args = SimpleNamespace(device="cpu")
+    common.set_up(args)
+    assert args.device == "cpu" and joined["backend"] == "gloo" and joined["device_id"] is None
+
+
+def test_the_ranks_part_at_the_end(monkeypatch):
+    parted = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: parted.append(True))
+    common.launch(lambda: None)
+    assert parted == []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    common.launch(lambda: None)
+    assert parted == [True]

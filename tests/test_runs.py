@@ -86,7 +86,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     process.terminate()
     assert processes.wait(process) == 130
     assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from its "
-                                             "checkpoint, if any")
+                                             "checkpoint, written once a minute")
     interrupted = weights(tmp_path)
     status, out, err = finish("byol_disc", tmp_path, *FIVE)
     assert status == 0, err

@@ -1,6 +1,9 @@
+"""The tests compute on the CPU, where a seed fixes every bit, on a machine with a GPU too."""
+import os
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch, and for the scripts they run
 import pytest
 import torch
 

@@ -149,7 +149,7 @@ RANKS = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", 
 
 @pytest.mark.parametrize("environment", [
     *({name: value} for name, value in RANKS.items()),
-    *({name: RANKS[name] for name in RANKS.keys() - {left_out}} for left_out in RANKS),
+    *({name: RANKS[name] for name in RANKS if name != left_out} for left_out in RANKS),
     {**RANKS, "RANK": "1"}, {**RANKS, "RANK": "one"}, {**RANKS, "MASTER_PORT": "a"}], ids=str)
 def test_half_a_torchrun_is_one_line(environment, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -981,7 +981,8 @@ def load(path, **kinds):
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:                            # truncated, foreign, or with code in it
-        reason = str(error).split("\n")[0] or type(error).__name__
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = kind + str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
                         "if it is one of ours, damaged or of older code") from None
     return content
@@ -1137,7 +1138,10 @@ def start_log(path, counter, done):
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip() or None
     append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
-                  "torchvision": torchvision.__version__, "commit": commit})
+                  "torchvision": torchvision.__version__, "commit": commit,
+                  "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                  "cpu": torch.backends.cpu.get_cpu_capability(),
+                  "threads": torch.get_num_threads()})
 
 
 class Run(Training):

@@ -200,7 +200,7 @@ def main():
     add("--split", choices=["test", "val"], default="test",
         help="val: a tenth of the training images, held out from the probe, for choosing flags")
     add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
-    add("--data-dir", help="where the images are now (default: where they were)")
+    add("--data-dir", help="where the images are now; None: where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     set_up(args)

@@ -48,6 +48,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert names == [".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
     header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
+    assert header["gpu"] is None and header["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(

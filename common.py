@@ -173,14 +173,15 @@ def launch(main):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
+        with suppress(SystemExit):                        # a run that is finished already
+            main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from its checkpoint, written once a minute",
+        print("\nstopped: the same command goes on from the last checkpoint, if any (one a minute)",
               file=sys.stderr)
         sys.exit(130)
 
@@ -848,7 +849,8 @@ def train_ebm(images, args):
     Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
     the directory X.ebm. Resumes. Raises UserError where f explodes.
     """
-    path, config = Path(args.ebm), ebm_config(images, args, "seed", "precision", "data_dir")
+    path = Path(args.ebm)
+    config = ebm_config(images, args, "seed", "precision", "data_dir", "device")
     training = Training(path.with_suffix(".ebm"), config)
     training.hold(wait=True)
     try:
@@ -981,8 +983,9 @@ def load(path, **kinds):
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:                            # truncated, foreign, or with code in it
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        reason = kind + str(error).split("\n")[0].split(". ")[0]
+        reason = str(error).split("\n")[0].split(". In PyTorch")[0]
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
                         "if it is one of ours, damaged or of older code") from None
     return content
@@ -1088,7 +1091,7 @@ class Training:
         first = self.restore(state)
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
-            start_log(self.path / "log.jsonl", counter, first)
+            start_log(self.path / "log.jsonl", counter, first, self.config["device"])
         began = written = time.time()
         for start in range(first, total, size):
             end, self.rows = min(start + size, total), []
@@ -1122,7 +1125,7 @@ class Training:
         return saved["done"]
 
 
-def start_log(path, counter, done):
+def start_log(path, counter, done, device):
     """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
     if path.exists():
         try:
@@ -1139,7 +1142,7 @@ def start_log(path, counter, done):
                             capture_output=True, text=True).stdout.strip() or None
     append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
                   "torchvision": torchvision.__version__, "commit": commit,
-                  "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                  "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
                   "cpu": torch.backends.cpu.get_cpu_capability(),
                   "threads": torch.get_num_threads()})
 
@@ -1311,30 +1314,31 @@ def mean_of(rows, ranks=1):
 def set_up(args):
     """Join the ranks that torchrun started, if it did, and check the device."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    started = any(map(os.environ.get, names)) and not dist.is_initialized()
+    if started and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if any(map(os.environ.get, names)) and not dist.is_initialized():
-            number, ranks, local = (int(os.environ[name]) for name in names[:3])
+        torch.zeros(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = torch.device(args.device) if args.device.startswith("cuda") else None
+    try:
+        if started:
+            number, ranks, _ = (int(os.environ[name]) for name in names[:3])
             if not 0 <= number < ranks:
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            device = None
-            if args.device.startswith("cuda"):
-                args.device = f"cuda:{local}"
-                device = torch.device(args.device)
+            if device:
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device else "gloo", device_id=device,
                                     timeout=timedelta(days=1))           # rank 0 may train an EBM
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
                         f"torchrun, or unset its variables, {', '.join(names)}") from None
-    try:
-        torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
         raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
                         "leave it out")
-    if args.device.startswith("cuda"):
+    if device:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("highest")           # whatever the environment says
 

@@ -168,7 +168,7 @@ def row(what, value, versus=""):
     print(f"| {what} | {value} | {versus} |", flush=True)
 
 
-def training(images, args, rounds):
+def training(images, args, rounds, largest):
     for byol, name in [(False, "SimCLR"), (True, "BYOL")]:
         functions = {"naive": naive_step(images, byol, args.device)}
         for precision in ("fp32", "bf16"):
@@ -181,13 +181,13 @@ def training(images, args, rounds):
         with FlopCounterMode(display=False) as counter:
             functions["fp32 encoder"]()
         row(f"{name}, naive", f"{BATCH / time_of['naive']:.1f} images/s")
-        for precision, dtype in [("fp32", torch.float32), ("bf16", torch.bfloat16)]:
+        for precision in ("fp32", "bf16"):
             step, passes = time_of[precision], time_of[f"{precision} encoder"]
             rate = counter.get_total_flops() / passes
             row(f"{name}, {precision}", f"{BATCH / step:.1f} images/s",
                 f"{time_of['naive'] / step:.2f} x naive; {passes / step:.0%} of its encoder passes")
             row(f"its encoder passes, {precision}", f"{BATCH / passes:.1f} images/s",
-                f"{rate / matrix_rate(dtype, args.device):.0%} of the largest matrix product")
+                f"{rate / largest[precision]:.0%} of the largest matrix product")
     row("peak memory so far", f"{peak_memory(args.device):.2f} GiB")
 
 
@@ -258,14 +258,16 @@ def main():
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n\n"
           "| | measured | compared |\n|---|---|---|", flush=True)
     torch.set_float32_matmul_precision("high")            # on a GPU, TF32 as in its convolutions
-    for name, dtype in [("fp32", torch.float32), ("bf16", torch.bfloat16)]:
-        row(f"largest matrix product, {name}", f"{matrix_rate(dtype, args.device) / 1e9:.0f} Gop/s")
+    largest = {"fp32": matrix_rate(torch.float32, args.device),
+               "bf16": matrix_rate(torch.bfloat16, args.device)}
+    for name, rate in largest.items():
+        row(f"largest matrix product, {name}", f"{rate / 1e9:.0f} Gop/s")
     torch.set_float32_matmul_precision("highest")
     augmentation(images, args.device)
     sampler(args)
     input_gradient(args)
     probe(args.device)
-    training(images, args, given.rounds)
+    training(images, args, given.rounds, largest)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Two gloo ranks against one: the same loss and the same gradient, to 1e-5."""
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -100,27 +101,29 @@ def test_a_gather_without_gradient_is_noticed(one_rank, tmp_path):
 
 
 def test_cuda_ranks_name_their_device(monkeypatch):
-    joined, chosen = {}, []
+    calls = []
     for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: joined.update(
-        backend=backend, **more))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id, **_: calls.append(
+        (backend, device_id)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))        # is there
     args = SimpleNamespace(device="cuda")
     common.set_up(args)
-    assert args.device == "cuda:1" and chosen == [torch.device("cuda:1")]
-    assert joined["backend"] == "nccl" and joined["device_id"] == torch.device("cuda:1")
+    assert args.device == "cuda:1"
+    assert calls == [torch.device("cuda:1"), ("nccl", torch.device("cuda:1"))]
     args = SimpleNamespace(device="cpu")
     common.set_up(args)
-    assert args.device == "cpu" and joined["backend"] == "gloo" and joined["device_id"] is None
+    assert args.device == "cpu" and calls[2:] == [("gloo", None)]
 
 
 def test_the_ranks_part_at_the_end(monkeypatch):
     parted = []
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: parted.append(True))
     common.launch(lambda: None)
     assert parted == []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     common.launch(lambda: None)
-    assert parted == [True]
+    common.launch(sys.exit)                             # as a finished run does
+    assert parted == [True, True]

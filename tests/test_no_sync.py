@@ -23,7 +23,7 @@ from linear_eval import extract_features, knn_accuracy, linear_accuracy
 from test_methods import make
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or hasattr(torch._C, "_ensureCUDADeviceGuardSet")),
+    not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
     reason="this torch cannot index fake CUDA tensors without a driver")
 aten = torch.ops.aten
 WAITS = {aten.nonzero, aten.equal, aten.masked_select}

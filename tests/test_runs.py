@@ -16,7 +16,7 @@ import common
 import processes
 from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
 
-FIVE, MADE = ["--epochs", "5", "--run-dir", "run"], {"version": 2}
+FIVE, MADE = ["--epochs", "5", "--run-dir", "run"], {"version": 2, "device": "cpu"}
 
 
 def finish(script, directory, *flags):
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert names == [".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
     header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
-    assert header["gpu"] is None and header["cpu"] == torch.backends.cpu.get_cpu_capability()
+    assert header["threads"] >= 1 and header["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
@@ -86,8 +86,8 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
         time.sleep(0.002)
     process.terminate()
     assert processes.wait(process) == 130
-    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from its "
-                                             "checkpoint, written once a minute")
+    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
+                                             "checkpoint, if any (one a minute)")
     interrupted = weights(tmp_path)
     status, out, err = finish("byol_disc", tmp_path, *FIVE)
     assert status == 0, err
@@ -181,12 +181,19 @@ def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path, name, content):
 def test_a_log_from_before_the_first_checkpoint_begins_anew(tmp_path, monkeypatch):
     for argv in (["first"], ["second"]):
         monkeypatch.setattr(sys, "argv", argv)
-        common.start_log(tmp_path / "log.jsonl", "epoch", 0)
+        common.start_log(tmp_path / "log.jsonl", "epoch", 0, "cpu")
         common.append(tmp_path / "log.jsonl", {"epoch": 1})
     first, *rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["argv"] == ["second"] and rows == [{"epoch": 1}]
-    common.start_log(tmp_path / "log.jsonl", "epoch", 1)
+    common.start_log(tmp_path / "log.jsonl", "epoch", 1, "cpu")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2      # a control
+
+
+def test_the_log_names_the_gpu_computed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", "name of {}".format)
+    for device, expected in [("cuda:1", "name of cuda:1"), ("cpu", None)]:
+        common.start_log(tmp_path / "log.jsonl", "epoch", 0, device)
+        assert json.loads((tmp_path / "log.jsonl").read_text())["gpu"] == expected
 
 
 @pytest.fixture

@@ -1329,8 +1329,8 @@ def set_up(args):
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
             if device:
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device else "gloo", device_id=device,
-                                    timeout=timedelta(days=1))           # rank 0 may train an EBM
+            timeout = timedelta(days=1)                                  # rank 0 may train an EBM
+            dist.init_process_group("nccl" if device else "gloo", timeout=timeout)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
                         f"torchrun, or unset its variables, {', '.join(names)}") from None
@@ -1352,8 +1352,11 @@ def world_size():
 
 
 def barrier():
+    """Wait for the other ranks. NCCL is told the device, which it would guess from the rank;
+    naming it in `init_process_group` can hang before PyTorch 2.7.1 (pytorch/pytorch#153960)."""
     if dist.is_initialized():
-        dist.barrier()
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 class Gather(torch.autograd.Function):

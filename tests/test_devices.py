@@ -104,17 +104,27 @@ def test_cuda_ranks_name_their_device(monkeypatch):
     calls = []
     for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id, **_: calls.append(
-        (backend, device_id)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))        # is there
     args = SimpleNamespace(device="cuda")
     common.set_up(args)
     assert args.device == "cuda:1"
-    assert calls == [torch.device("cuda:1"), ("nccl", torch.device("cuda:1"))]
+    assert calls == [torch.device("cuda:1"), "nccl"]
     args = SimpleNamespace(device="cpu")
     common.set_up(args)
-    assert args.device == "cpu" and calls[2:] == [("gloo", None)]
+    assert args.device == "cpu" and calls[2:] == ["gloo"]
+
+
+def test_nccl_is_told_its_device_at_a_barrier(monkeypatch):
+    told = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for backend in ("nccl", "gloo"):
+        monkeypatch.setattr(dist, "get_backend", lambda: backend)
+        common.barrier()
+    assert told == [[3], None]
 
 
 def test_the_ranks_part_at_the_end(monkeypatch):

@@ -1279,6 +1279,7 @@ class Run(Training):
 
     def finish(self, encoder):
         """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
+        show("evaluating the encoder, and an untrained one", passing=True)
         if rank() == 0 and (result := self.evaluate(encoder, self.args, untrained=True)):
             show_accuracies(result)
             write_json(self.path / "eval.json", result)

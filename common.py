@@ -173,8 +173,7 @@ def launch(main):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with suppress(SystemExit):                        # a run that is finished already
-            main()
+        main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UserError, OSError) as error:

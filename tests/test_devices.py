@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: the same loss and the same gradient, to 1e-5."""
+"""Two gloo ranks against one, loss and gradient to 1e-5; and how ranks meet, wait and part."""
 import sys
 from types import SimpleNamespace
 
@@ -135,5 +135,11 @@ def test_the_ranks_part_at_the_end(monkeypatch):
     assert parted == []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     common.launch(lambda: None)
-    common.launch(sys.exit)                             # as a finished run does
-    assert parted == [True, True]
+    assert parted == [True]
+
+
+@pytest.mark.parametrize("status", [None, 3])
+def test_a_status_of_its_own_reaches_the_shell(status):
+    with pytest.raises(SystemExit) as end:
+        common.launch(lambda: sys.exit(status))
+    assert end.value.code == status

@@ -343,49 +343,52 @@ def augment(x):
     (0.4, 0.4, 0.4, 0.1) with probability 0.8, gray with 0.1, a bicubic crop of 0.2 to 1 of the area
     with ratio 3/4 to 4/3, flip with 0.5. The distribution is torchvision's, image by image.
     """
-    x = x / 255 if x.dtype == torch.uint8 else x.float()
     b, _, height, width = x.shape
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, device=x.device)
-
-    jittered = torch.rand(b, device=x.device) < 0.8
-    factors = torch.where(jittered[:, None], uniform(0.6, 1.4, b, 3), 1)
-    shift = torch.where(jittered, uniform(-0.1, 0.1, b), 0)
-    order, hue_place = torch.rand(b, 3, device=x.device).argsort(1), uniform(0, 4, b).long()
-    x = color_jitter(x, factors, shift, order, hue_place)
-    gray = torch.rand(b, device=x.device) < 0.1
-    x = torch.where(gray[:, None, None, None], luminance(x), x)
-
-    # Ten tries per image, as in torchvision's RandomResizedCrop; the whole image if none fits.
-    area = height * width * uniform(0.2, 1, b, 10)
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), b, 10).exp()
-    w = F.pad((area * ratio).sqrt().round(), (0, 1), value=width)                  # (B, 11)
-    h = F.pad((area / ratio).sqrt().round(), (0, 1), value=height)
-    first = ((w <= width) & (h <= height)).int().argmax(1, keepdim=True)           # (B, 1)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    left = (uniform(0, 1, b) * (width - w + 1)).floor()
-    top = (uniform(0, 1, b) * (height - h + 1)).floor()
-    rows, columns = resampling(top, h, height), resampling(left, w, width)
-    flip = torch.rand(b, device=x.device) < 0.5
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    draws = torch.rand(33, b, device=x.device).split([1, 1, 1, 3, 1, 3, 1, 10, 10, 2])
+    jittered, gray, flip, factor, shift, order, hue_place, area, ratio, place = draws   # (., B)
     with torch.autocast(x.device.type, enabled=False):
-        return (rows[:, None] @ x @ columns[:, None].mT).clamp(0, 1)
+        x = x / 255 if x.dtype == torch.uint8 else x.float()
+        jittered = jittered < 0.8
+        x = color_jitter(x, (1 + jittered * (0.8 * factor - 0.4)).T,
+                         jittered[0] * (0.2 * shift[0] - 0.1),
+                         order.argsort(0).T, (4 * hue_place[0]).long())
+        x = torch.where((gray[0] < 0.1)[:, None, None, None], luminance(x), x)
+
+        # Ten tries per image, as in torchvision's RandomResizedCrop; the whole image if none fits.
+        whole = torch.stack([x.new_full((1, b), side) for side in (height, width)])
+        root = (height * width * (0.2 + 0.8 * area)).sqrt()
+        stretch = (math.log(4 / 3) * (ratio - 0.5)).exp()                # root of width / height
+        sides = torch.cat([torch.stack([root / stretch, root * stretch]).round(), whole], 1)
+        first = (sides <= whole).all(0, keepdim=True).int().argmax(1, keepdim=True)
+        sides = sides.gather(1, first.expand(2, 1, b))                   # (2, 1, B): height, width
+        start = (place[:, None] * (whole - sides + 1)).floor()
+        rows, columns = resampling(start[:, 0], sides[:, 0], whole[:, 0], max(height, width))
+        rows, columns = rows[:, :height, :height], columns[:, :width, :width]
+        columns = torch.where((flip[0] < 0.5)[:, None, None], columns.flip(1), columns)
+        x = (x.flatten(1, 2) @ columns.mT).view(b, 3, height, width)
+        return (rows[:, None] @ x).clamp_(0, 1)
 
 
 def color_jitter(x, factors, shift, order, hue_place):
     """Brightness, contrast and saturation (factors, (B, 3)) in each image's `order` (B, 3), the hue
-    (shift in turns, (B,)) before the one at `hue_place` (B,) in 0..3."""
-    for after_hue in (False, True):
-        for place in range(3):
-            kind = order[:, place]
-            factor = factors.gather(1, kind[:, None])[:, 0]
-            factor = torch.where((place >= hue_place) == after_hue, factor, 1)[:, None, None, None]
-            kind, gray = kind[:, None, None, None], luminance(x)
-            toward = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray * (kind == 2))
-            x = torch.lerp(toward, x, factor).clamp(0, 1)
-        if not after_hue:
-            x = shift_hue(x, shift)
+    (shift in turns, (B,)) before the one at `hue_place` (B,) in 0..3.
+
+    Each of the three is x <- clip(A x + C mean(x)) in colours, the mean being over pixels, and at
+    factor 1 nothing. So all images pass three before the hue and three after it.
+    """
+    colours = torch.eye(3, device=x.device)
+    to_gray = luminance(colours[..., None, None]).view(1, 3).expand(3, 3)
+    after_hue = torch.arange(3, device=x.device) >= hue_place[:, None]             # (B, 3)
+    factor = factors.gather(1, order)
+    factor = torch.cat([torch.where(after_hue, 1, factor), torch.where(after_hue, factor, 1)], 1)
+    factor, kind = factor[:, :, None, None], order.repeat(1, 2)[:, :, None, None]  # (B, 6, 1, 1)
+    a = factor * colours + (1 - factor) * (kind == 2) * to_gray                    # (B, 6, 3, 3)
+    c = (1 - factor) * (kind == 1) * to_gray
+    for place in range(6):
+        x = shift_hue(x, shift) if place == 3 else x
+        pixels = x.flatten(2)                                                      # (B, 3, HW)
+        mean = c[:, place] @ pixels.mean(2, keepdim=True)
+        x = torch.baddbmm(mean, a[:, place], pixels).clamp_(0, 1).view_as(x)
     return x
 
 
@@ -397,24 +400,24 @@ def luminance(x):
 
 def shift_hue(x, shift):
     """Turn the hue of x (B, 3, H, W) by `shift` (B,) turns, in HSV."""
-    (r, g, b), high = x.unbind(1), x.amax(1)
-    chroma = high - x.amin(1)
-    hue = torch.where(high == r, g - b, torch.where(high == g, b - r, r - g))
-    hue = hue / chroma.clamp_min(1e-9) + 6 * shift[:, None, None]
-    hue = hue + torch.where(high == r, 0, torch.where(high == g, 2, 4))
-    k = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    high, which = x.max(1, keepdim=True)                                           # (B, 1, H, W)
+    chroma = high - x.amin(1, keepdim=True)
+    following = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, which)      # of r g - b, of g b - r, ...
+    hue = following / chroma.clamp_min(1e-9) + 2 * which + 6 * shift[:, None, None, None]
+    k = (hue + torch.arange(5, 0, -2, device=x.device)[:, None, None]) % 6         # (B, 3, H, W)
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def resampling(start, size, n):
-    """Matrices (B, n, n): stretch pixels [start, start + size) to n, with PIL's bicubic kernel."""
+def resampling(start, size, side, n):
+    """Matrices (..., n, n) that stretch pixels [start, start + size) to `side` ones, by PIL's
+    bicubic kernel; start, size, side: (...), n at least the side, beyond which nothing is said."""
     pixel = torch.arange(n, device=start.device) + 0.5
-    center = start[:, None] + pixel * size[:, None] / n                            # (B, n)
-    d = (center[:, :, None] - pixel).abs()                                         # (B, n, n)
+    start, size, side = start[..., None], size[..., None], side[..., None]
+    center = start + pixel * (size / side)                                         # (..., n)
+    d = (center[..., None] - pixel).abs().clamp(max=2)                             # (..., n, n)
     weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
-    inside = (pixel > start[:, None]) & (pixel < (start + size)[:, None])          # (B, n)
-    weight = weight * (d < 2) * inside[:, None]
-    return weight / weight.sum(2, keepdim=True)
+    weight = weight * ((pixel > start) & (pixel < start + size))[..., None, :]
+    return weight / weight.sum(-1, keepdim=True)
 
 
 # --- Networks: those that take images, in [0, 1], normalise them themselves ------------------

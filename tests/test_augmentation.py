@@ -25,8 +25,8 @@ def picture():
 @pytest.mark.parametrize("box", [(0, 0, 32, 32), (3, 7, 20, 15), (18, 20, 14, 12)])
 def test_crop_equals_torchvision(box):
     def crop(top, left, height, width):
-        top, left, height, width = (torch.tensor([float(v)]) for v in (top, left, height, width))
-        return resampling(top, height, 32)[:, None] @ x @ resampling(left, width, 32)[:, None].mT
+        rows, columns = resampling(*torch.tensor([[top, left], [height, width], [32, 32]]), 32)
+        return rows @ x @ columns.mT
 
     x = torch.rand(1, 3, 32, 32)
     expected = TF.resized_crop(x, *box, [32, 32], T.InterpolationMode.BICUBIC, antialias=True)

@@ -42,7 +42,9 @@ class BYOL(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
+        n = 3 if self.coeff > 0 else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))
         p1, p2 = self.predictor(z1), self.predictor(z2)                   # eq. (1)
@@ -53,7 +55,7 @@ class BYOL(nn.Module):
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = augment(x)                                                   # (B, 3, H, W)
+        v3 = views[2]
         with torch.no_grad():
             h3 = self.discriminator.features(v3, self.layers)             # (B, C)
             t3 = self.target_view_projector(h3)

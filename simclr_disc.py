@@ -35,14 +35,16 @@ class SimCLR(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
+        n = 3 if self.coeff > 0 else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = augment(x)                                                   # (B, 3, H, W)
+        v3 = views[2]
         with torch.no_grad():
             h3 = self.discriminator.features(v3, self.layers)             # (B, C)
         z3 = self.view_projector(h3)                                      # eq. (2)

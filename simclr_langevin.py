@@ -35,15 +35,16 @@ class SimCLR(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        v1, v2 = augment(x), augment(x)                                   # (B, 3, H, W)
+        n = 3 if self.coeff > 0 and self.f is None else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (2)
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
         if self.coeff == 0:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        image = x if self.f is None else generate(self.f, x, **self.chain)
-        v3 = augment(image)                                               # eq. (1)
+        v3 = views[2] if n == 3 else augment(generate(self.f, x, **self.chain))         # eq. (1)
         with batch_statistics(self):
             z3 = self.projector(self.encoder(v3))
         pair13 = nt_xent(z1, z3, self.temperature)

@@ -35,7 +35,7 @@ def contrast(x):
 def step(script, x):
     """A whole step of a method, its views and generated images a fixed function of x."""
     queue = [lambda x: x / 255, lambda x: x.flip(3) / 255, lambda x: 1 - x / 255]
-    script.augment = lambda x: queue.pop(0)(x)
+    script.augment = lambda views: torch.cat([queue.pop(0)(v) for v in views.split(len(x))])
     script.generate = lambda f, x, **_: x
     method = make(script).eval()
     model = common.distribute(method)                   # it averages as long as it lives

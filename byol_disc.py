@@ -20,9 +20,9 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, byol_loss, compiled, distribute, ema_update,
-                    launch, lr_factor, make_parser, mlp, number, parse_flags, target_tau,
-                    training_images, z_std)
+from common import (Encoder, Run, augment, autocast, byol_loss, captured, compiled, distribute,
+                    ema_update, launch, lr_factor, make_parser, mlp, number, parse_flags,
+                    target_tau, training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -98,16 +98,21 @@ def main():
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
+    def forward_backward(x):
+        optimizer.zero_grad()
+        with autocast(args):
+            loss, terms = ddp(x)
+        loss.backward()
+        return {"loss": loss, **terms}
+
+    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8
-            with autocast(args):
-                loss, terms = ddp(x)
-            optimizer.zero_grad()
-            loss.backward()
+            terms = step(x)
             optimizer.step()
             schedule.step()
             model.update_target(target_tau(args.tau, run.step / total_steps))
-            run.log(loss=loss, **terms)
+            run.log(**terms)
     run.finish(model.encoder)
 
 

@@ -83,6 +83,8 @@ def make_parser(doc, training=True):
         help="torch device: cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="number format in the networks; auto: bf16 where the device is fast in it")
+    add("--eager", action="store_true",
+        help="launch each operation of a step by itself; else one GPU replays them as a CUDA graph")
     add("--smoke", action="store_true",
         help="preset of the flags not given: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
@@ -135,7 +137,8 @@ def add_langevin_flags(parser):
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
              schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
 VERSION = 2                                               # without one, ade was what gan is now
-NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where, not what, a run is
+NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every",    # where, not what, a run is
+                "eager"}
 
 
 def parse_flags(parser, argv=None):
@@ -708,7 +711,8 @@ def ebm_networks(args):
     at lr / sqrt(1 - beta_2). `ade` has its authors' 0.999, and spectral norm on f.
     """
     (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
-    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True)
+    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True,
+                   capturable=torch.device(args.device).type == "cuda")
     d = Discriminator(args.width)
     for layer in [*d.stages.modules(), d.linear] if ade else []:
         if hasattr(layer, "weight"):
@@ -872,7 +876,12 @@ def ebm_rounds(training, images, args):
     """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}."""
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
-    step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
+    objective = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
+
+    def whole_step(x):
+        with autocast(args):
+            return objective(x, args.ebm_rotation, **state)
+    step = captured(whole_step, args)
 
     def describe(row):
         finite = all(p.isfinite().all() for p in state["d"].parameters())
@@ -887,8 +896,7 @@ def ebm_rounds(training, images, args):
         torch.manual_seed(seed_of(args.seed, start))
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
-            with autocast(args):
-                training.log(**step(x, args.ebm_rotation, **state))
+            training.log(**step(x))
     bake(state["d"])
     return state
 
@@ -1380,6 +1388,44 @@ class Gather(torch.autograd.Function):
 
 def gather(x):
     return Gather.apply(x) if world_size() > 1 else x
+
+
+def captured(step, args):
+    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU soon as a CUDA graph.
+
+    The first three calls run as they are written, on the stream that will capture, as autograd
+    keeps to its stream; so does x of another shape. The fourth call is captured, it and later ones
+    are replayed: what is computed in Python, and not on the GPU, stays as it was then. Random
+    numbers go on as without. Raises UserError where `step` waits for the GPU.
+    """
+    if (torch.device(args.device).type != "cuda" or world_size() > 1
+            or getattr(args, "compile", False) or getattr(args, "eager", False)):
+        return step
+    stream, graph, held, results, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [], {}, 0
+
+    def replay(x):
+        if not held:
+            held.append(x.clone())
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    results.update(step(held[0]))
+            except RuntimeError as error:
+                raise UserError(f"a step cannot be captured as a CUDA graph "
+                                f"({str(error).splitlines()[0]}); use --eager") from error
+        held[0].copy_(x)
+        graph.replay()
+        return {name: value.detach().clone() for name, value in results.items()}
+
+    def call(x):
+        nonlocal calls
+        calls += 1
+        as_written = calls <= 3 or held and x.shape != held[0].shape
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            terms = step(x) if as_written else replay(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        return terms
+    return call
 
 
 def compiled(model, args):

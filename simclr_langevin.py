@@ -18,7 +18,7 @@ E encoder, g projector; f the EBM's discriminator.
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
+from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics, captured,
                     chain_flags, compiled, distribute, generate, launch, lr_factor, make_parser,
                     mlp, nt_xent, number, parse_flags, training_images, z_std)
 from linear_eval import evaluate
@@ -83,15 +83,20 @@ def main():
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
+    def forward_backward(x):
+        optimizer.zero_grad()
+        with autocast(args):
+            loss, terms = ddp(x)
+        loss.backward()
+        return {"loss": loss, **terms}
+
+    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images):                                     # (B, 3, H, W), uint8
-            with autocast(args):
-                loss, terms = ddp(x)
-            optimizer.zero_grad()
-            loss.backward()
+            terms = step(x)
             optimizer.step()
             schedule.step()
-            run.log(loss=loss, **terms)
+            run.log(**terms)
     run.finish(model.encoder)
 
 

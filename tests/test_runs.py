@@ -147,12 +147,13 @@ def test_a_checkpoint_of_other_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
-def test_every_flag_but_five_tells_runs_apart(script, tmp_path, monkeypatch):
+def test_every_flag_but_six_tells_runs_apart(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run-dir", str(tmp_path / "run"), "--ebm",
                                       str(tmp_path / "ebm.pt")])
     flags = vars(importlib.import_module(script).parse())
+    where = ("run_dir", "data_dir", "ebm", "device", "eval_every", "eager")
     for flag, value in flags.items():
-        with (nullcontext() if flag in ("run_dir", "data_dir", "ebm", "device", "eval_every") else
+        with (nullcontext() if flag in where else
               pytest.raises(UserError, match="other code" if flag == "version" else
                             f"made with --{flag.replace('_', '-')} other, not {value}")):
             common.same_config("run", {**flags, flag: "other"}, flags)

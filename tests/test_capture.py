@@ -1,0 +1,165 @@
+"""Forward and backward as a CUDA graph: a stand-in on the CPU records operations and replays them.
+
+As on a GPU, what is captured is not computed: what it changed is put back when capture ends. A
+replay computes the same operations on the same memory, and no line of Python.
+"""
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import byol_disc
+import byol_langevin
+import common
+import simclr_disc
+import simclr_langevin
+from common import UserError, captured, draw_shapes
+from test_methods import make
+
+GPU = SimpleNamespace(device="cuda")
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class Graph(TorchDispatchMode):
+    """Operations with their arguments and results, in the order in which they were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.before = [], set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+        for x in tensors((args, kwargs)):               # BatchNorm's schema hides what it changes
+            if x.untyped_storage().data_ptr() not in self.made:
+                self.before.setdefault(x.data_ptr(), (x, x.clone()))
+        result = function(*args, **(kwargs or {}))
+        self.calls.append(tree_map_only(torch.Tensor, torch.Tensor.detach,
+                                        (function, args, kwargs or {}, result)))
+        self.made |= {x.untyped_storage().data_ptr() for x in tensors(result)} - {
+            x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tensors(result), tensors(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for what `captured` takes of torch.cuda; a list of what was done on the stream."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            done.append("wait")
+
+    @contextmanager
+    def stream(on):
+        done.append("enter")
+        yield
+
+    @contextmanager
+    def graph(graph, stream):
+        done.append("capture")
+        state = torch.get_rng_state()
+        with graph:
+            yield
+        torch.set_rng_state(state)
+        for x, before in graph.before.values():
+            x.detach().copy_(before)
+
+    for name, value in dict(Stream=Stream, CUDAGraph=Graph, stream=stream, graph=graph,
+                            current_stream=Stream).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return done
+
+
+def train(script, args, steps=7, **flags):
+    """Weights, buffers and logged terms after steps of a method, in two epochs, seeded each."""
+    method = make(script, **flags)
+    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad), 1e-3)
+    images, rows = draw_shapes(16 * steps, seed=3)[0], []
+
+    def forward_backward(x):
+        optimizer.zero_grad()
+        loss, terms = method(x)
+        loss.backward()
+        return {"loss": loss, **terms}
+
+    step = captured(forward_backward, args)
+    for i, x in enumerate(images.split(16)):
+        if i in (0, 5):
+            torch.manual_seed(i)
+        rows.append(step(x))
+        optimizer.step()
+        if hasattr(method, "update_target"):
+            method.update_target(0.9)
+    rows = [value.detach() for row in rows for value in row.values()]
+    return [*method.state_dict().values(), *rows]
+
+
+SCRIPTS = [(simclr_disc, {}), (byol_disc, {}), (simclr_langevin, {}), (byol_langevin, {}),
+           (byol_disc, {"coeff": 0})]
+
+
+@pytest.mark.parametrize("script, flags", SCRIPTS)
+def test_captured_steps_are_the_eager_ones(script, flags, gpu):
+    """The draws too, of an epoch that is seeded after the capture."""
+    eager = train(script, SimpleNamespace(device="cpu"), **flags)
+    assert gpu == []
+    replayed = train(script, GPU, **flags)
+    assert gpu.count("capture") == 1 and gpu.count("enter") == 7 == gpu.count("wait") / 2
+    assert all(map(torch.equal, eager, replayed))
+
+
+@pytest.mark.parametrize("objective", common.EBM_ADAM)
+def test_captured_steps_of_an_ebm_are_the_eager_ones(objective, gpu):
+    """Its optimizers' too."""
+    def train(device):
+        torch.manual_seed(0)
+        state = common.ebm_networks(SimpleNamespace(width=8, device="cpu", ebm_objective=objective))
+        step = captured(lambda x: getattr(common, f"{objective}_step")(x, 1.0, **state),
+                        SimpleNamespace(device=device))
+        rows = [step(x / 255) for x in draw_shapes(40, seed=3)[0].split(8)]
+        return tensors([part.state_dict() for part in state.values()]), tensors(rows)
+
+    assert all(map(torch.equal, *map(tensors, (train("cpu"), train("cuda")))))
+    assert gpu.count("capture") == 1
+
+
+def test_another_shape_is_not_replayed(gpu):
+    """The last batch of the probe is smaller: it is computed as it is written, and no other."""
+    sizes, step = [], captured(lambda x: sizes.append(len(x)) or {"sum": x.sum()}, GPU)
+    batches = [torch.full((n,), float(i)) for i, n in enumerate([3, 3, 2, 3, 3, 2, 3, 2])]
+    assert [step(x)["sum"].item() for x in batches] == [0, 3, 4, 9, 12, 10, 18, 14]
+    assert [x[0].item() for x in batches] == [*range(8)]                # and left as they were
+    assert sizes == [3, 3, 2, 3, 2, 2]                  # the fourth call is captured
+
+
+def test_what_waits_for_the_host_is_one_line(gpu):
+    step = captured(lambda x: {"max": x / x.max().item()}, GPU)
+    for _ in range(3):
+        step(torch.ones(2))
+    with pytest.raises(UserError, match=r"cannot be captured .*\(operation .* capturing\); .*--eag"):
+        step(torch.ones(2))
+
+
+@pytest.mark.parametrize("flags", [{"device": "cpu"}, {"device": "mps"}, {"eager": True},
+                                   {"compile": True}, {"ranks": 2}])
+def test_elsewhere_the_step_is_left_as_it_is(flags, gpu, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: flags.get("ranks", 1))
+    args = SimpleNamespace(**{"device": "cuda:0", "eager": False, "compile": False, **flags})
+    assert captured(train, args) is train
+    monkeypatch.setattr(common, "world_size", lambda: 1)
+    args = SimpleNamespace(device="cuda:0", eager=False, compile=False)
+    assert captured(train, args) is not train           # a control

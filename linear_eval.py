@@ -64,8 +64,8 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(train_x), generator=shuffled) for _ in range(epochs)]
-    for order in torch.stack(orders).to(train_x.device):                           # one copy
+    for _ in range(epochs):
+        order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
         for index in order.split(1000):
             loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
             optimizer.zero_grad()

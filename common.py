@@ -1136,25 +1136,25 @@ class Training:
 
 
 def start_log(path, counter, done, device):
-    """Begin a log with a line on its origin; of an old one drop what comes after `done`."""
+    """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
     if path.exists():
         try:
             lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
             if lines and "argv" not in json.loads(lines[0]):
                 raise ValueError("the first has no argv")
-            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done)
+            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: a line is not ours ({error}); mend or remove it") from None
-        if done > 0:
-            return write_whole(path, lambda file: file.write_text(kept))
-        path.unlink()
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip() or None
-    append(path, {"argv": sys.argv, "python": sys.version.split()[0], "torch": torch.__version__,
-                  "torchvision": torchvision.__version__, "commit": commit,
+        write_whole(path, lambda file: file.write_text(kept))
+    commit, _, changes = subprocess.run(                  # of the repository that has this code
+        "unset $(git rev-parse --local-env-vars); git cat-file -e HEAD:./common.py && "
+        "git rev-parse HEAD && git status --porcelain -uall ':(glob)*.py'", shell=True,
+        cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.partition("\n")
+    append(path, {"argv": sys.argv, "commit": commit + "+changes" * bool(changes) or None,
+                  "python": sys.version.split()[0], "torch": torch.__version__,
+                  "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
                   "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
-                  "cpu": torch.backends.cpu.get_cpu_capability(),
-                  "threads": torch.get_num_threads()})
+                  "cpu": torch.backends.cpu.get_cpu_capability()})
 
 
 class Run(Training):

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -96,7 +97,8 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert not all(torch.equal(expected[name], interrupted[name]) for name in expected)
-    assert log_of(tmp_path) == [None, 1, 2, 3, 4, 5]
+    log = log_of(tmp_path)
+    assert log.count(None) == 2 and [epoch for epoch in log if epoch] == [1, 2, 3, 4, 5]
 
 
 def test_chain_of_a_langevin_run(tmp_path):
@@ -186,8 +188,55 @@ def test_a_log_from_before_the_first_checkpoint_begins_anew(tmp_path, monkeypatc
         common.append(tmp_path / "log.jsonl", {"epoch": 1})
     first, *rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["argv"] == ["second"] and rows == [{"epoch": 1}]
+    monkeypatch.setattr(sys, "argv", ["third"])
+    common.append(tmp_path / "log.jsonl", {"epoch": 2})
     common.start_log(tmp_path / "log.jsonl", "epoch", 1, "cpu")
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2      # a control
+    rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [row.get("argv", row.get("epoch")) for row in rows] == [["second"], 1, ["third"]]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_log_names_this_codes_commit_or_none(tmp_path, monkeypatch):
+    """Marked where a script beside it is not as committed; never that of another repository."""
+    def git(*words, of=tmp_path):
+        words = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(of), *words]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+    def logged():
+        common.start_log(tmp_path / "log.jsonl", "epoch", 0, "cpu")
+        return json.loads((tmp_path / "log.jsonl").read_text())["commit"]
+
+    def write(name, content):
+        (tmp_path / name).write_text(content)
+
+    write("common.py", "")
+    write("README.md", "")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert logged() is None                             # no repository
+    git("init", "-q")
+    git("add", "README.md")
+    git("commit", "-qm", "another's")
+    assert logged() is None                             # one that does not have this code
+    git("add", "common.py")
+    git("commit", "-qm", "this code")
+    commit = git("rev-parse", "HEAD")
+    write("README.md", "more")
+    assert logged() == commit and len(commit) == 40
+    for name in ("common.py", "mine.py"):
+        write(name, "1")
+        assert logged() == f"{commit}+changes"
+        git("add", name)
+        assert logged() == f"{commit}+changes"
+        git("commit", "-qm", "its change")
+        commit = git("rev-parse", "HEAD")
+        assert logged() == commit
+    (tmp_path / "other").mkdir()
+    git("init", "-q", of=tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+    assert logged() == commit
+    monkeypatch.setenv("PATH", "")
+    assert logged() is None                             # no git
 
 
 def test_the_log_names_the_gpu_computed_on(tmp_path, monkeypatch):
@@ -225,7 +274,7 @@ def test_the_same_images_are_known_wherever_they_are(stopped, path):
     if path == "elsewhere":
         (directory / "images").rename(directory / path)
     assert go_on(path.format(here=directory)) == 0, (directory / "err").read_text()
-    assert log_of(directory) == [None, 1, 2]
+    assert log_of(directory) == [None, 1, None, 2]
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "changed"])

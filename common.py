@@ -137,8 +137,8 @@ def add_langevin_flags(parser):
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
              schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
 VERSION = 2                                               # without one, ade was what gan is now
-NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every",    # where, not what, a run is
-                "eager"}
+NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager",   # where and how,
+                "computed_in"}                                                    # not what, a run is
 
 
 def parse_flags(parser, argv=None):
@@ -856,7 +856,8 @@ def train_ebm(images, args):
     the directory X.ebm. Resumes. Raises UserError where f explodes.
     """
     path = Path(args.ebm)
-    config = ebm_config(images, args, "seed", "precision", "data_dir", "device")
+    config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
+              "computed_in": "bf16" if in_bf16(args) else "fp32"}
     training = Training(path.with_suffix(".ebm"), config)
     training.hold(wait=True)
     try:
@@ -1022,11 +1023,14 @@ def load_into(part, state, path):
 
 def same_config(path, saved, wanted):
     """UserError where what is at `path` was made with other flags, images or EBM than wanted."""
+    if saved.get("computed_in") and wanted.get("computed_in"):         # older code did not note it
+        saved, wanted = ({**row, "precision": row["computed_in"]} for row in (saved, wanted))
     for flag, value in wanted.items():
         if flag not in NOT_IDENTITY and saved.get(flag) != value:
             other = f"--{flag.replace('_', '-')} {saved.get(flag)}, not {value}"
             raise UserError(f"{path}: made with {NOT_FLAGS.get(flag, other)}; name another "
-                            "--run-dir, --ebm or --data-dir, or use the same flags")
+                            "--run-dir, --ebm or --data-dir, or use the same flags"
+                            + " and --run-dir" * (flag == "precision"))
 
 
 NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code"}
@@ -1068,10 +1072,9 @@ class Training:
         """UserError where the directory holds what was made with another config."""
         made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
         path = self.path / "config.json"
-        if path.exists():
-            saved = load(path, version=int)
-            if any(path.with_name(name).exists() for name in made):
-                same_config(self.path, saved, self.config)
+        self.saved = load(path, version=int) if path.exists() else self.config
+        if any(path.with_name(name).exists() for name in made):
+            same_config(self.path, self.saved, self.config)
 
     def hold(self, wait=False):
         """Make the directory and keep others out of it, until `lock` is released or the process
@@ -1132,6 +1135,7 @@ class Training:
             raise UserError(f"{path}: made on {saved['ranks']} ranks; start as many")
         for name, part in state.items():
             load_into(part, saved[name], path)
+        self.config["computed_in"] = saved["config"].get("computed_in")   # unknown, it remains so
         return saved["done"]
 
 
@@ -1165,7 +1169,8 @@ class Run(Training):
     """
 
     def __init__(self, args, images, evaluate):
-        super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
+        super().__init__(args.run_dir, {**vars(args), "images": checksum(images),
+                                        "computed_in": "bf16" if in_bf16(args) else "fp32"})
         self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
@@ -1176,7 +1181,7 @@ class Run(Training):
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
         if rank() == 0 and has_test(args):
             load_images(args.dataset, args.data_dir, "test")             # its mistakes show now
-        show(f"{self.path}: on {args.device} in {'bf16' if in_bf16(args) else 'fp32'}")
+        show(f"{self.path}: on {args.device} in {self.config['computed_in']}")
 
     def total_steps(self, images):
         """Optimiser steps of the whole run: each epoch drops what does not fill a batch."""

@@ -62,6 +62,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     result = json.loads((run / "eval.json").read_text())
     metrics = {"linear", "knn5", "knn_cosine"}
     assert set(result) == metrics | {"split", "untrained"} and set(result["untrained"]) == metrics
+    assert json.loads((run / "config.json").read_text())["computed_in"] == "fp32"
     assert out.count("epoch ") == 5 and "trained   encoder" in out
 
 
@@ -246,13 +247,18 @@ def test_the_log_names_the_gpu_computed_on(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "log.jsonl").read_text())["gpu"] == expected
 
 
+def draw_folder(path, name_of):
+    """40 drawn images in the folders path/name_of(i, label)."""
+    for i, (image, label) in enumerate(zip(*draw_shapes(40, seed=3))):
+        place = path / name_of(i, int(label)) / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
+
+
 @pytest.fixture
 def stopped(tmp_path):
     """A run on a folder of 40 drawn images, killed before its second epoch's line in the log."""
-    for i, image in enumerate(draw_shapes(40, seed=3)[0]):
-        path = tmp_path / "images" / "train" / "all" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    draw_folder(tmp_path / "images" / "train", lambda *_: "all")
     flags = ["--dataset", "folder", "--subset", "0", "--coeff", "0", "--run-dir", "run"]
 
     def go_on(data_dir, **kwargs):
@@ -261,6 +267,41 @@ def stopped(tmp_path):
     assert go_on("images", moment=5) == -9                  # before the fifth file or line
     assert log_of(tmp_path) == [None, 1]
     return tmp_path, go_on
+
+
+AUTO = {**MADE, "precision": "auto"}
+
+
+@pytest.mark.parametrize("saved, wanted, refused", [
+    ({"computed_in": "bf16"}, {"computed_in": "bf16"}, ""),
+    ({"computed_in": "bf16"}, {"computed_in": "bf16", "precision": "bf16"}, ""),
+    ({"computed_in": "bf16"}, {"computed_in": "fp32"},
+     "--precision bf16, not fp32; .* or use the same flags and --run-dir$"),
+    ({}, {"computed_in": "fp32"}, ""), ({"computed_in": None}, {"computed_in": "fp32"}, ""),
+    ({}, {"computed_in": "fp32", "precision": "fp32"}, "--precision auto, not fp32;")])
+def test_a_run_goes_on_in_the_number_format_it_began_in(tmp_path, saved, wanted, refused):
+    """However that is asked for; a run of older code, which does not say, with the same flag."""
+    state = {"model": torch.nn.Linear(2, 2)}
+    save(tmp_path / "checkpoint.pt", config={**AUTO, **saved}, done=1, ranks=1,
+         model=state["model"].state_dict())
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        next(Training(tmp_path, {**AUTO, **wanted}).rounds("epoch", 2, 1, str, state))
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["computed_in"] == saved.get("computed_in")
+
+
+def test_a_run_and_an_ebm_note_the_number_format(tmp_path, monkeypatch):
+    def hold(training, **_):
+        raise UserError(training.config["computed_in"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["byol_disc.py", *processes.EBM, "--precision", "auto"])
+    monkeypatch.setattr(Training, "hold", hold)
+    args, images = importlib.import_module("byol_disc").parse(), torch.zeros(8)
+    for bf16, expected in [(True, "bf16"), (False, "fp32")]:
+        monkeypatch.setattr(common, "in_bf16", lambda _: bf16)
+        for begin in (lambda: common.train_ebm(images, args), Run(args, images, None).hold):
+            with pytest.raises(UserError, match=expected):
+                begin()
 
 
 def log_of(directory):

@@ -167,6 +167,9 @@ def name_files(parser, args):
     args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
     if Path(args.ebm).suffix != ".pt":
         raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
+    at, its = map(os.path.realpath, (getattr(args, "run_dir", args.ebm), args.ebm[:-2] + "ebm"))
+    if at == its or at.endswith(".ebm"):
+        raise UserError(f"--run-dir {args.run_dir}: an EBM's, see --ebm {args.ebm}; name another")
 
 
 def launch(main):
@@ -1085,12 +1088,13 @@ class Training:
                 self.lock.acquire(timeout=0)
             except Timeout:
                 if not wait:
-                    raise UserError(f"{self.path}: another process is at this run; wait for it, or "
-                                    "name another --run-dir") from None
-                show(f"{self.path}: waiting for the process that makes it")
+                    raise UserError(f"{self.path}: another process is at this run; wait for it or "
+                                    f"name another --run-dir; if none is, remove {self.path}/.lock"
+                                    ) from None
+                show(f"{self.path}: waiting for the process that makes it; if none, remove .lock")
                 self.lock.acquire()
-            except OSError as error:
-                raise UserError(f"{self.path}: {error.strerror}; name another place") from None
+            except (OSError, NotImplementedError) as error:         # the latter: it has no locks
+                raise UserError(f"{self.path}: {error.args[-1]}; name another place") from None
         self.check()
 
     def rounds(self, counter, total, size, describe, state):

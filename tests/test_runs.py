@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import Timeout
 from PIL import Image
 
 import common
@@ -302,6 +303,38 @@ def test_a_run_and_an_ebm_note_the_number_format(tmp_path, monkeypatch):
         for begin in (lambda: common.train_ebm(images, args), Run(args, images, None).hold):
             with pytest.raises(UserError, match=expected):
                 begin()
+
+
+@pytest.mark.parametrize("run_dir, refused", [
+    *((place, True) for place in ("ebm.ebm", "./x/../ebm.ebm", "{here}/ebm.ebm", "link", "x/new",
+                                  "other.ebm", "other")),
+    *((place, False) for place in ("ebm", "ebm.ebm/run", "x"))])
+def test_a_run_is_not_kept_where_an_ebm_is(run_dir, refused, tmp_path, monkeypatch):
+    """By whatever path: the EBM's would be the run's log, and its lock held already."""
+    monkeypatch.chdir(tmp_path)
+    for link, place in [("link", "ebm.ebm"), ("deep.ebm", "x/new"), ("other", "other.ebm")]:
+        (tmp_path / link).symlink_to(place)
+    ebm = "deep.pt" if run_dir == "x/new" else "ebm.pt"
+    flags = ["--run-dir", run_dir.format(here=tmp_path), "--ebm", ebm]
+    for script in ("simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        with pytest.raises(UserError, match=f"--run-dir .*: an EBM's, see --ebm {ebm}; name"
+                           ) if refused else nullcontext():
+            importlib.import_module(script).parse()
+    assert common.parse_flags(common.make_parser("x", training=False), flags[2:]).ebm == ebm
+
+
+@pytest.mark.parametrize("error, said", [
+    (Timeout("run/.lock"), "another process is at this run; .* if none is, remove .*run/.lock$"),
+    (OSError(95, "Operation not supported"), "run: Operation not supported; name another place"),
+    (NotImplementedError("no flock"), "run: no flock; name another place")])
+def test_a_lock_that_cannot_be_had_is_a_line(error, said, tmp_path, monkeypatch):
+    """One that a killed process left where the file system has none is named."""
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(common.FileLock, "acquire", fail)
+    with pytest.raises(UserError, match=said):
+        Training(tmp_path / "run", MADE).hold()
 
 
 def log_of(directory):

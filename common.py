@@ -1178,6 +1178,10 @@ class Run(Training):
         self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
+            here = "data" in result and has_test(args) and evaluate(None, args, metrics=[])
+            if here["data"] != result["data"] if here else args.data_dir != self.saved["data_dir"]:
+                raise UserError(f"{self.path}: finished; eval.json may be of other data. For this: "
+                                f"python linear_eval.py {self.path} --data-dir {args.data_dir}")
             show(f"{self.path} is finished")
             show_accuracies(result)
             sys.exit()

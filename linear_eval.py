@@ -5,8 +5,10 @@
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
-seed, or their EBM, alone share a row: mean, standard deviation and number of runs. Where they share
-seeds with the first row's, their paired differences to it follow, with the standard error.
+seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
+Where they share seeds with the first row's, their paired differences to it follow, with the
+standard error. What an eval.json has of other images and labels than those at hand is computed
+again. Nothing is written.
 """
 import argparse
 from functools import partial
@@ -82,11 +84,12 @@ SETTINGS = dict(dataset=str, data_dir=str, subset=int, width=int, seed=int, prec
 
 
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
-    """Accuracies (%) {metric: value} of the encoder's frozen features.
+    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum.
 
     Probe and kNN have the labels of all training images, whatever --subset. With split "val" a
-    tenth of them, held out, are the test images. `untrained`: with the split, and an untrained
-    encoder's accuracies, as in eval.json. None, with a printed line, without test images.
+    tenth of them, held out, are the test images. The checksum is of all images and labels; without
+    metrics it is all. `untrained`: with the split, and an untrained encoder's accuracies, as in
+    eval.json. None, with a printed line, without test images.
     """
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
@@ -99,15 +102,16 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
         show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
         return None
     data = []
-    for images, labels in (train, test):
+    for images, labels in (train, test) if metrics else ():
         with autocast(args):
             data.append(extract_features(encoder, images[labels >= 0], encode))
         data.append(labels[labels >= 0].to(args.device))
     result = {metric: METRICS[metric](*data) for metric in metrics}
+    result["data"] = checksum(*train, *test)
     if untrained:
         torch.manual_seed(args.seed)
-        fresh = type(encoder)(args.width).to(args.device)
-        result |= {"split": split, "untrained": evaluate(fresh, args, split=split)}
+        floor = evaluate(type(encoder)(args.width).to(args.device), args, split=split)
+        result |= {"split": split, "untrained": {metric: floor[metric] for metric in METRICS}}
     return result
 
 
@@ -115,24 +119,52 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
 
 def evaluate_run(path, flags):
-    """[(config, accuracies)] of a run: from its eval.json where that has them, else computed."""
+    """[(config, accuracies)] of a run: from its eval.json where `answers` says so, else computed.
+
+    The config says where the run is, how far, and what --precision came to, if that is known.
+    """
     config = load(path / "config.json", version=int, script=str, epochs=int, **SETTINGS)
+    shown = {**config, "run_dir": str(path),
+             "precision": config.get("computed_in") or config["precision"]}
+    args = settings(config, flags)
     if (path / "eval.json").exists() and flags.split == "test":
-        return [(config, load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES))]
+        result = load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
+        if answers(path, result, args, flags.data_dir):
+            return [(shown, result)]
+    if not (path / "checkpoint.pt").exists():
+        raise UserError(f"{path}: no checkpoint.pt, and no eval.json known to be of --data-dir "
+                        f"{args.data_dir}, --split {flags.split}; name what it is of")
+    same_images(path, config, args)
     saved = load(path / "checkpoint.pt", done=int, model=dict)
-    args, _ = settings(path, config, flags)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     encoder = Encoder(args.width)
     load_into(encoder, {name.removeprefix("encoder."): value for name, value
                         in saved["model"].items() if name.startswith("encoder.")}, path)
-    result = evaluate(encoder.to(args.device), args, split=flags.split, untrained=True)
-    return [({**config, "epochs": saved["done"]}, result)]
+    if saved["done"] < config["epochs"]:
+        shown["epochs"] = f"{saved['done']} of {config['epochs']}"
+    return [(shown, evaluate(encoder.to(args.device), args, split=flags.split, untrained=True))]
+
+
+def answers(path, result, args, named):
+    """Whether the accuracies of a run's eval.json are of the data that args name; where that cannot
+    be known, whether no data was `named` by the user."""
+    gone = not named and not Path(args.data_dir).is_dir()
+    if gone or "data" not in result or not has_test(args):
+        return not named
+    try:
+        return evaluate(None, args, metrics=[])["data"] == result["data"]
+    except UserError as error:
+        if named:
+            raise
+        show(f"{path}: as in its eval.json, not compared with the data ({error})")
+        return True
 
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
     config = load(path, config=dict(ebm_objective=str, ebm_iters=int, **SETTINGS))["config"]
-    args, images = settings(path, config, flags)
+    args = settings(config, flags)
+    images = same_images(path, config, args)
     networks = {"": load_ebm(path, flags.device)}
     if flags.untrained:
         torch.manual_seed(seed_of(args.seed))
@@ -146,27 +178,51 @@ def evaluate_ebm(path, flags):
                    evaluate(network, args, encode, split=flags.split))
 
 
-def settings(path, config, flags):
-    """The flags of a run or an EBM, evaluated here, and its training images, if still the same."""
-    args = argparse.Namespace(**{**config, "device": flags.device,
+def settings(config, flags):
+    """The flags of a run or an EBM, evaluated here."""
+    return argparse.Namespace(**{**config, "device": flags.device,
                                  "data_dir": flags.data_dir or config["data_dir"]})
+
+
+def same_images(path, config, args):
+    """The training images, if they are still those of the run or the EBM at `path`."""
     images = training_images(args)
     same_config(path, config, {"images": checksum(images)})
-    return args, images
+    return images
+
+
+UNSHOWN = NOT_IDENTITY | {"script", "seed", "f", "version"}             # a seed has an EBM, f
+
+
+def labels(rows):
+    """A label for each of [(config, accuracies)], of flags that not all share, and the others."""
+    configs = [{**config, "data": result.get("data", "unknown")} for config, result in rows]
+    flags = {flag: value for config in configs for flag, value in config.items()}
+    shared = {flag: value for flag, value in flags.items()
+              if all(config.get(flag, value) == value for config in configs)}
+    return [" ".join([config["script"], *(f"{flag}={value}" for flag, value in config.items()
+                                          if flag not in shared.keys() | UNSHOWN)])
+            for config in configs], shared
+
+
+def once(rows):
+    """The rows, each seed of a label once, and a line on each that had another result."""
+    kept, problems = {}, []
+    for label, (config, result) in zip(labels(rows)[0], rows):
+        first, same = kept.setdefault((label, config.get("seed")), (config, result))
+        both = f"{first.get('run_dir')} and {config.get('run_dir')}"
+        if any(result[metric] != same[metric] for metric in METRICS):
+            problems.append(f"{both}: two results of one seed, the first counts; name one")
+        elif result is not same:
+            show(f"{both}: the same run, counted once")
+    return list(kept.values()), problems
 
 
 def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
     differences, paired by seed, to the first setting, where they share several."""
-    flags = {flag: value for config, _ in rows for flag, value in config.items()}
-    shared = {flag: value for flag, value in flags.items()
-              if all(config.get(flag, value) == value for config, _ in rows)}
-    unshown = NOT_IDENTITY | {"script", "seed", "f", "version"}         # a seed has an EBM, f
-    groups = {}
-    for config, result in rows:
-        differing = [f"{flag}={value}" for flag, value in config.items()
-                     if flag not in shared.keys() | unshown]
-        label = " ".join([config["script"], *differing])
+    groups, (names, shared) = {}, labels(rows)
+    for label, (config, result) in zip(names, rows):
         groups.setdefault(label, []).append((config.get("seed"), result))
 
     def line(label, results, divisor=1):
@@ -189,7 +245,7 @@ def table(rows, untrained, split):
         if untrained and "untrained" in results[0]:
             lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
     caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()
-                        if flag == "script" or flag not in unshown | {"images"})
+                        if flag == "script" or flag not in UNSHOWN | {"images", "data"})
     return "\n".join([*lines, "", f"Accuracy in %, {split} split. Flags in common: {caption}"])
 
 
@@ -200,7 +256,7 @@ def main():
     add("--split", choices=["test", "val"], default="test",
         help="val: a tenth of the training images, held out from the probe, for choosing flags")
     add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
-    add("--data-dir", help="where the images are now; None: where they were")
+    add("--data-dir", help="where the images are now; None: where they were, if not gone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     set_up(args)
@@ -208,8 +264,10 @@ def main():
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
     if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
         raise UserError(f"{missing[0]}: there is no such file")
-    rows, problems = [], []
-    for path in dict.fromkeys(args.paths):
+    rows, problems, places = [], [], {}
+    for path in args.paths:
+        places.setdefault(path.resolve(), path)           # a link to it is the same run
+    for path in places.values():
         made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
         if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
             show(f"{path}: left out, no EBM, no run to evaluate", passing=path.suffix == ".ebm")
@@ -220,6 +278,8 @@ def main():
         except UserError as error:                        # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)
+    rows, doubled = once(rows)
+    problems += doubled
     if rows:
         print(table(rows, args.untrained, args.split))
     if problems or not rows:

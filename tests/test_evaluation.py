@@ -1,6 +1,7 @@
 """Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
 import inspect
 import math
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import linear_eval
 from common import Encoder, draw_shapes
-from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, table
+from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, once, table
 
 
 def test_the_backbone_stays_frozen():
@@ -139,6 +140,56 @@ def test_table_pairs_the_differences_by_seed():
     assert "| 2.50 ± 0.87 | 5.00 ± 1.73 | 0.00 ± 0.00 | 3 |" in lines[4]
 
 
+def test_table_parts_other_data_and_other_number_formats():
+    """What the one or the other is not known of has a row of its own too."""
+    accuracies = dict(linear=50.0, knn5=30.0, knn_cosine=40.0)
+    rows = [({"script": "s", "seed": seed, "precision": precision}, {**accuracies, **data})
+            for seed, data, precision in [
+                (0, {"data": 1}, "bf16"), (0, {"data": 2}, "bf16"), (0, {}, "bf16"),
+                (0, {"data": 1}, "fp32"), (0, {"data": 1}, "auto"), (1, {"data": 1}, "bf16")]]
+    lines = [line.split(" | ") for line in table(rows, False, "test").splitlines()]
+    assert [(line[0], line[-1]) for line in lines[2:7]] == [
+        ("| s precision=bf16 data=1", "2 |"), ("| s precision=bf16 data=2", "1 |"),
+        ("| s precision=bf16 data=unknown", "1 |"), ("| s precision=fp32 data=1", "1 |"),
+        ("| s precision=auto data=1", "1 |")]
+    assert "data" not in table(rows[::5], False, "test")                # a control: they share it
+
+
+def test_a_seed_counts_once_in_a_row(capsys):
+    """A copy is named, another result of the same seed too; the first is kept."""
+    def run(name, linear, seed=0, **flags):
+        return ({"script": "s", "run_dir": name, "seed": seed, **flags},
+                {"linear": linear, "knn5": 30.0, "knn_cosine": 40.0})
+
+    rows = [run("a", 50.0, coeff=1), run("b", 50.0, coeff=1), run("c", 51.0, coeff=1, f=7),
+            run("d", 50.0, 1, coeff=1), run("e", 50.0, coeff=2), run("f", 50.0, 1, coeff=2)]
+    kept, problems = once(rows)
+    assert [config["run_dir"] for config, _ in kept] == ["a", "d", "e", "f"]
+    assert capsys.readouterr().out == "a and b: the same run, counted once\n"
+    assert problems == ["a and c: two results of one seed, the first counts; name one"]
+    assert [row[-6:] for row in table(kept, False, "test").splitlines()[2:4]] == 2 * [" | 2 |"]
+
+
+def test_the_checksum_is_of_all_images_and_labels(monkeypatch):
+    """CRC-32 of the four tensors, in either split of the training images too."""
+    parts = {"train": draw_shapes(20, seed=3), "test": draw_shapes(10, seed=4)}
+    monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
+    args = SimpleNamespace(dataset="synthetic", data_dir="")
+
+    def data(split="test"):
+        return linear_eval.evaluate(None, args, metrics=[], split=split)["data"]
+
+    before = data(), data("val")
+    assert before[0] == zlib.crc32(b"".join(
+        x.numpy().tobytes() for split in ("train", "test") for x in parts[split]))
+    for split, part in parts.items():
+        for x in part:
+            x.view(-1)[-1] += 1
+            assert data() != before[0] and (data("val") != before[1]) == (split == "train")
+            x.view(-1)[-1] -= 1
+    assert (data(), data("val")) == before
+
+
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_unlabelled_images_are_left_out(split, monkeypatch):
     """A third of the images has label -1, as in STL-10; the others' labels stay theirs."""
@@ -171,7 +222,7 @@ def test_split_val_holds_training_images_out(monkeypatch):
     result = linear_eval.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
     train_x, train_y, val_x, val_y = seen[0]
     both = torch.cat([train_x, val_x]).round().flatten().long()
-    assert asked == ["train"] and result == {"linear": 0.0}
+    assert asked == ["train"] and result["linear"] == 0.0 and result.keys() == {"linear", "data"}
     assert len(val_x) == len(val_y) == 20 and sorted(both.tolist()) == list(range(200))
     assert torch.equal(torch.cat([train_y, val_y]), labels[both])
     images, labels = images[:9], labels[:9]                             # of nine it is one

@@ -62,7 +62,8 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert not any(map(torch.equal, [online, target, target], [start, start, online]))
     result = json.loads((run / "eval.json").read_text())
     metrics = {"linear", "knn5", "knn_cosine"}
-    assert set(result) == metrics | {"split", "untrained"} and set(result["untrained"]) == metrics
+    assert set(result) == metrics | {"split", "data", "untrained"}
+    assert set(result["untrained"]) == metrics
     assert json.loads((run / "config.json").read_text())["computed_in"] == "fp32"
     assert out.count("epoch ") == 5 and "trained   encoder" in out
 
@@ -268,6 +269,89 @@ def stopped(tmp_path):
     assert go_on("images", moment=5) == -9                  # before the fifth file or line
     assert log_of(tmp_path) == [None, 1]
     return tmp_path, go_on
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A finished run on images of two classes, and a folder where those of the test are swapped."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    for name, classes in [("images", "ab"), ("swapped", "ba")]:
+        draw_folder(directory / name / "train", lambda i, label: "ab"[label % 2])
+        draw_folder(directory / name / "test", lambda i, label: classes[label % 2 ^ i % 4 // 3])
+    assert finish("byol_disc", directory, *LABELLED, "--data-dir", "images")[0] == 0
+    return directory
+
+
+LABELLED = ["--dataset", "folder", "--subset", "0", "--coeff", "0", "--run-dir", "run"]
+
+
+def cells(out):
+    """The accuracies of the only row of a table."""
+    row, = [line for line in out.splitlines() if line.startswith("| byol")]
+    return [float(cell) for cell in row.split(" | ")[1:4]]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["new", "old"])
+def test_a_finished_run_answers_for_its_own_data_alone(evaluated, tmp_path, known):
+    """For others it is refused by its script, and measured anew by linear_eval.py, which only
+    reads. So it is where an eval.json of older code does not say what it is of."""
+    directory = tmp_path / "copy"
+    shutil.copytree(evaluated, directory)
+    path = directory / "run" / "eval.json"
+    result = json.loads(path.read_text())
+    if not known:
+        del result["data"]
+        path.write_text(json.dumps(result))
+    said = [round(result[metric], 2) for metric in common.ACCURACIES]
+    assert said[1] != 50                                # else a swap would not show
+
+    status, out, _ = finish("byol_disc", directory, *LABELLED, "--data-dir", "images")
+    assert status == 0 and "run is finished" in out
+    status, out, err = finish("byol_disc", directory, *LABELLED, "--data-dir", "swapped")
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err.endswith("python linear_eval.py run --data-dir swapped\n")
+    assert cells(finish("linear_eval", directory, "run")[1]) == said
+    swapped = [round(100 - accuracy, 2) for accuracy in said]           # of two classes
+    assert cells(finish("linear_eval", directory, "run", "--data-dir", "swapped")[1]) == swapped
+    status, out, err = finish("linear_eval", directory, "run", "--data-dir", "nowhere")
+    assert status == 2 and out == "" and "--data-dir nowhere: has no train" in err
+    assert json.loads(path.read_text()) == result
+
+    (directory / "run" / "checkpoint.pt").unlink()
+    status, out, err = finish("linear_eval", directory, "run", "--data-dir", "swapped")
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert "run: no checkpoint.pt, and no eval.json known to be of --data-dir swapped" in err
+    (directory / "images").rename(directory / "moved")                  # and none is named
+    assert cells(finish("linear_eval", directory, "run")[1]) == said
+    (directory / "swapped").rename(directory / "images")
+    status, out, err = finish("linear_eval", directory, "run")
+    assert (status, out) == (2, "") if known else cells(out) == said
+
+
+def test_a_link_to_a_run_and_its_copy_are_the_same_run(evaluated, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(evaluated, directory)
+    (directory / "latest").symlink_to("run")
+    shutil.copytree(directory / "run", directory / "backup")
+    status, out, err = finish("linear_eval", directory, "run", "latest", "./run", "backup")
+    assert status == 0 and out.startswith("run and backup: the same run, counted once\n| run |")
+    assert cells(out) and " | 1 |" in out and "±" not in out
+    result = json.loads((directory / "backup" / "eval.json").read_text())
+    (directory / "backup" / "eval.json").write_text(json.dumps({**result, "linear": 1.0}))
+    status, out, err = finish("linear_eval", directory, "latest", "backup")
+    assert status == 2 and cells(out)[0] == round(result["linear"], 2) and " | 1 |" in out
+    assert err == "error: latest and backup: two results of one seed, the first counts; name one\n"
+
+
+def test_an_unfinished_run_has_a_row_of_its_own(evaluated, tmp_path):
+    """That of its epochs done, and of those it would have."""
+    directory = tmp_path / "copy"
+    shutil.copytree(evaluated, directory)
+    flags = [*LABELLED, "--data-dir", "images", "--run-dir", "long", "--seed", "1"]
+    assert processes.run("byol_disc", directory, *flags, "--epochs", "3", moment=7) == -9
+    status, out, err = finish("linear_eval", directory, "run", "long")
+    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| byol")]
+    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=2 of 3"], err
 
 
 AUTO = {**MADE, "precision": "auto"}

@@ -29,20 +29,20 @@ from linear_eval import evaluate
 class BYOL(nn.Module):
     def __init__(self, args, discriminator):
         super().__init__()
-        self.coeff, self.layers = args.coeff, args.layers
+        self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
         self.encoder = Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
         self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = deepcopy(self.projector).requires_grad_(False)
-        if self.coeff > 0:
+        if self.third_view:
             self.discriminator = discriminator
             self.view_projector = mlp(discriminator.dims[args.layers], 1024, args.emb)
             self.target_view_projector = deepcopy(self.view_projector).requires_grad_(False)
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.coeff > 0 else 2
+        n = 3 if self.third_view else 2
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
@@ -52,7 +52,7 @@ class BYOL(nn.Module):
             t1 = self.target_projector(self.target_encoder(v1))
             t2 = self.target_projector(self.target_encoder(v2))
         pair12 = byol_loss(p1, t2) + byol_loss(p2, t1)                    # eq. (3)
-        if self.coeff == 0:
+        if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         v3 = views[2]
@@ -68,7 +68,7 @@ class BYOL(nn.Module):
     def update_target(self, tau):
         ema_update(self.target_encoder, self.encoder, tau)                # eq. (5)
         ema_update(self.target_projector, self.projector, tau)
-        if self.coeff > 0:
+        if self.third_view:
             ema_update(self.target_view_projector, self.view_projector, tau)
 
 
@@ -90,7 +90,7 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    discriminator = run.get_ebm(images)
+    discriminator = run.get_ebm(images) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
     model = BYOL(args, discriminator).to(args.device)
     ddp = distribute(compiled(model, args))
@@ -107,11 +107,11 @@ def main():
 
     step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
-        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+        for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
             optimizer.step()
             schedule.step()
-            model.update_target(target_tau(args.tau, run.step / total_steps))
+            model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(**terms)
     run.finish(model.encoder)
 

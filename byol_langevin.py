@@ -33,7 +33,7 @@ class BYOL(nn.Module):
     def __init__(self, args, f):
         super().__init__()
         self.f, self.chain = f, chain_flags(args)
-        self.coeff = args.coeff if args.use == "auxiliary" else 0
+        self.coeff, self.third_view = args.coeff, args.coeff > 0 and args.use == "auxiliary"
         self.encoder = Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
@@ -42,7 +42,7 @@ class BYOL(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.coeff > 0 and self.f is None else 2
+        n = 3 if self.third_view and self.f is None else 2
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
@@ -52,7 +52,7 @@ class BYOL(nn.Module):
             t1 = self.target_projector(self.target_encoder(v1))
             t2 = self.target_projector(self.target_encoder(v2))
         pair12 = byol_loss(p1, t2) + byol_loss(p2, t1)                    # eq. (3)
-        if self.coeff == 0:
+        if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         v3 = views[2] if n == 3 else augment(generate(self.f, x, **self.chain))         # eq. (1)
@@ -88,8 +88,9 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    f = run.get_ebm(images)
-    if f is not None:
+    f = None
+    if args.use == "dataset" or (args.coeff > 0 and args.view == "langevin"):
+        f = run.get_ebm(images)
         run.save_chain(f, images[:16])
     if args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
@@ -110,11 +111,11 @@ def main():
 
     step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
-        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+        for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
             optimizer.step()
             schedule.step()
-            model.update_target(target_tau(args.tau, run.step / total_steps))
+            model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(**terms)
     run.finish(model.encoder)
 

@@ -852,27 +852,25 @@ def rotation_loss(d, x):
 
 
 def train_ebm(images, args):
-    """Train the EBM on images, uint8 (N, 3, 32, 32), with the flags args; returns the frozen f,
-    its features standardised.
+    """The frozen f of the EBM in the file args.ebm, trained first if there is none.
 
-    Writes f and the generator to args.ebm, X.pt; its log, checkpoint and a picture of samples to
-    the directory X.ebm. Resumes. Raises UserError where f explodes.
+    images: uint8 (N, 3, 32, 32); args: the flags. Writes f and the generator to args.ebm, X.pt, its
+    log, checkpoint and a picture of samples to the directory X.ebm. Resumes. Raises UserError where
+    f explodes, or was made of other images or with other flags.
     """
     path = Path(args.ebm)
-    config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
-              "computed_in": "bf16" if in_bf16(args) else "fp32"}
-    training = Training(path.with_suffix(".ebm"), config)
-    training.hold(wait=True)
-    try:
-        if not path.exists():                             # else another process has just made it
-            state = ebm_rounds(training, images.to(args.device), args)
-            standardise(state["d"], images, args)
-            save_samples(training.path / "samples.png", images[:32].to(args.device) / 255, **state)
-            save(path, config=config,
-                 **{name: state[name].state_dict() for name in ("d", "g") if name in state})
-            (training.path / "checkpoint.pt").unlink(missing_ok=True)
-    finally:
-        training.lock.release()
+    if not path.exists():
+        config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
+                  "computed_in": "bf16" if in_bf16(args) else "fp32"}
+        training = Training(path.with_suffix(".ebm"), config)
+        training.hold(wait=True)
+        try:
+            if not path.exists():                         # else another process has just made it
+                state = ebm_rounds(training, images.to(args.device), args)
+                finish_ebm(path, training, images, args, **state)
+        finally:
+            training.lock.release()
+    same_config(path, load(path)["config"], ebm_config(images, args))
     return load_ebm(path, args.device)
 
 
@@ -887,22 +885,26 @@ def ebm_rounds(training, images, args):
             return objective(x, args.ebm_rotation, **state)
     step = captured(whole_step, args)
 
-    def describe(row):
-        finite = all(p.isfinite().all() for p in state["d"].parameters())
-        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {row['iteration']}, "
-                            f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
-                            f"{training.path} has its log; try another --seed in another --ebm")
-        return ("f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  "
-                "clamped {clamped:.0%}  sample std {sample_std:.2f}").format_map(row)
-
-    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, describe, state):
+    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, state):
         torch.manual_seed(seed_of(args.seed, start))
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             training.log(**step(x))
+        row = training.means()
+        stop_if_exploded(row, state["d"], training.path, args.ebm)
+        training.keep(row, "f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  clamped "
+                           "{clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
     bake(state["d"])
     return state
+
+
+def stop_if_exploded(row, d, log, path):
+    """Raise UserError where the means of a round, or the weights after it, are not of an energy."""
+    finite = all(p.isfinite().all() for p in d.parameters())
+    if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
+        raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
+                        f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
+                        f"{log} has its log; try another --seed in another --ebm")
 
 
 def standardise(d, images, args):
@@ -917,13 +919,19 @@ def standardise(d, images, args):
     d.feature_std = (d.feature_std * std).clamp_min(1e-6)
 
 
-def save_samples(path, x, d, g=None, replay=None, **optimizers):
-    """A picture of images x (B, 3, 32, 32), and of samples before and after 15 Langevin steps."""
+def finish_ebm(path, training, images, args, d, g=None, replay=None, **optimizers):
+    """Write f, its features standardised, and a picture of images and of samples, before and after
+    15 Langevin steps."""
+    standardise(d, images, args)
+    x = images[:32].to(args.device) / 255                                          # (32, 3, 32, 32)
     with torch.no_grad():
         x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
                else replay.images[:len(x)].float())
     x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
-    save_image(torch.cat([x, x_0, x_s]), path, nrow=16)
+    save_image(torch.cat([x, x_0, x_s]), training.path / "samples.png", nrow=16)
+    networks = {"d": d, "g": g} if g else {"d": d}
+    save(path, config=training.config, **{n: x.state_dict() for n, x in networks.items()})
+    (training.path / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def ebm_config(images, args, *more):
@@ -931,15 +939,6 @@ def ebm_config(images, args, *more):
     flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", *more]
     return {**{flag: getattr(args, flag) for flag in flags},
             "version": VERSION, "images": checksum(images)}
-
-
-def get_ebm(images, args):
-    """The frozen f of the EBM in the file args.ebm; rank 0 trains it first if there is none."""
-    if rank() == 0 and not Path(args.ebm).exists():
-        train_ebm(images, args)
-    barrier()
-    same_config(args.ebm, load(args.ebm)["config"], ebm_config(images, args))
-    return load_ebm(args.ebm, args.device)
 
 
 def load_ebm(path, device):
@@ -1097,36 +1096,43 @@ class Training:
                 raise UserError(f"{self.path}: {error.args[-1]}; name another place") from None
         self.check()
 
-    def rounds(self, counter, total, size, describe, state):
+    def rounds(self, counter, total, size, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.
 
-        counter: "epoch" or "iteration"; total: how many; size: of a round; describe(row): the text
-        for the row of means, which it may add to, or refuse with UserError; state: {name: what has
-        a state_dict}. Who takes a round seeds it.
+        counter: "epoch" or "iteration"; total: how many; size: of a round; state: {name: what has
+        a state_dict}. Who takes a round seeds it, logs its steps, and at its end keeps its row.
         """
         self.hold()
-        first = self.restore(state)
+        self.counter, self.total, self.state = counter, total, state
+        self.done = self.first = self.restore(state)
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
-            start_log(self.path / "log.jsonl", counter, first, self.config["device"])
-        began = written = time.monotonic()
-        for start in range(first, total, size):
-            end, self.rows = min(start + size, total), []
-            yield start, end
-            row = {counter: end, **mean_of(self.rows, self.ranks)}
-            text = describe(row)
-            if rank() == 0:
-                append(self.path / "log.jsonl", row)
-                if end == total or time.monotonic() > written + CHECKPOINT_SECONDS:
-                    save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
-                         done=end, **{name: part.state_dict() for name, part in state.items()})
-                    written = time.monotonic()
-            left = (time.monotonic() - began) / (end - first) * (total - end)
-            show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
+            start_log(self.path / "log.jsonl", counter, self.first, self.config["device"])
+        self.began = self.written = time.monotonic()
+        while self.done < total:
+            start, self.done, self.rows = self.done, min(self.done + size, total), []
+            yield start, self.done
 
     def log(self, **terms):
-        """Note a step's scalars; the round's line in the log has their means."""
+        """Note a step's scalars; the round's row has their means."""
         self.rows.append({name: value.detach() for name, value in terms.items()})
+
+    def means(self):
+        """The row of the round: how much is done, and the means over its steps and all ranks."""
+        return {self.counter: self.done, **mean_of(self.rows, self.ranks)}
+
+    def keep(self, row, text):
+        """End the round: log its row, write a checkpoint where one is due, and show the text."""
+        now = time.monotonic()
+        if rank() == 0:
+            append(self.path / "log.jsonl", row)
+            if self.done == self.total or now > self.written + CHECKPOINT_SECONDS:
+                save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
+                     done=self.done, **{name: x.state_dict() for name, x in self.state.items()})
+                self.written = now
+        left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
+        show(f"{self.counter} {self.done}/{self.total}  {text}  "
+             f"{timedelta(seconds=round(left))} left")
 
     def restore(self, state):
         """Load the checkpoint, if there is one, into `state`; returns how much was done, or 0."""
@@ -1175,7 +1181,7 @@ class Run(Training):
     def __init__(self, args, images, evaluate):
         super().__init__(args.run_dir, {**vars(args), "images": checksum(images),
                                         "computed_in": "bf16" if in_bf16(args) else "fp32"})
-        self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
+        self.args, self.evaluate, self.ranks = args, evaluate, world_size()
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
             here = "data" in result and has_test(args) and evaluate(None, args, metrics=[])
@@ -1199,14 +1205,13 @@ class Run(Training):
         return self.args.epochs * (len(images) // self.args.batch_size)
 
     def get_ebm(self, images):
-        """The frozen f of the run's EBM, trained first if there is none; None without one."""
-        args = self.args
-        third_view = args.coeff > 0 and getattr(args, "view", "") != "augment"
-        if not (third_view or getattr(args, "use", "") == "dataset"):
-            return None
-        if not Path(args.ebm).exists():
+        """The frozen f of the run's EBM, which rank 0 trains first if there is none."""
+        if not Path(self.args.ebm).exists():
             self.hold()                                   # as soon as it can take long
-        f = get_ebm(images, args)
+        if rank() == 0:
+            train_ebm(images, self.args)
+        barrier()
+        f = load_ebm(self.args.ebm, self.args.device)
         self.config["f"] = checksum(*f.state_dict().values())
         self.check()
         return f
@@ -1214,36 +1219,36 @@ class Run(Training):
     def epochs(self, **state):
         """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule."""
         args = self.args
-
-        def describe(row):
-            row |= {"lr": self.lr, "images_per_s": self.speed()}
+        for _, epoch in self.rounds("epoch", args.epochs, 1, state):
+            torch.manual_seed(seed_of(args.seed, epoch, rank()))
+            lr, self.epoch_began = state["optimizer"].param_groups[0]["lr"], time.monotonic()
+            yield epoch
+            row = {**self.means(), "lr": lr, "images_per_s": self.speed()}
             self.stop_if_not_finite(row, state["model"])
-            if rank() == 0 and args.eval_every and row["epoch"] % args.eval_every == 0:
+            if rank() == 0 and args.eval_every and epoch % args.eval_every == 0:
                 row |= self.evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
-            return (f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
-                    f"{row['images_per_s']:.0f} images/s")
+            self.keep(row, f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
+                           f"{row['images_per_s']:.0f} images/s")
 
-        for _, self.epoch in self.rounds("epoch", args.epochs, 1, describe, state):
-            torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
-            self.began, self.lr = time.monotonic(), state["optimizer"].param_groups[0]["lr"]
-            yield self.epoch
+    def batches(self, images, epoch):
+        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8.
 
-    def batches(self, images):
-        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8."""
+        An epoch drops the images that do not fill a batch.
+        """
         size, shuffled = self.args.batch_size, torch.Generator()
-        shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
+        shuffled.manual_seed(seed_of(self.args.seed, epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
         per_epoch, shown = len(images) // size, time.monotonic()
         for i, batch in enumerate(order.split(size)[:per_epoch], 1):
-            self.step = (self.epoch - 1) * per_epoch + i                  # steps, this one included
             yield images[batch.chunk(world_size())[rank()]]
             if sys.stdout.isatty() and time.monotonic() > shown + 1:
                 shown = time.monotonic()
-                show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
+                show(f"epoch {epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
                      f"{self.speed():.0f} images/s", passing=True)
 
     def speed(self):
-        images, seconds = len(self.rows) * self.args.batch_size, time.monotonic() - self.began
+        """Images a second, on all ranks, since the epoch began."""
+        images, seconds = len(self.rows) * self.args.batch_size, time.monotonic() - self.epoch_began
         return round(images / max(seconds, 1e-9), 1)
 
     def stop_if_not_finite(self, row, model):
@@ -1254,7 +1259,7 @@ class Run(Training):
         wrong = [i for i, terms in enumerate(rows) if not math.isfinite(sum(terms.values()))]
         step = wrong[0] if wrong else len(rows) - 1
         raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
-                        f"{self.epoch}, {rows[step]}; try a smaller one in another --run-dir")
+                        f"{self.done}, {rows[step]}; try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
         """Keep the Langevin chain of images x (B, 3, H, W), uint8, as a picture and in numbers.
@@ -1489,7 +1494,9 @@ def main():
     args = parse_flags(parser)
     if rank() == 0 and Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    get_ebm(training_images(args), args)
+    if rank() == 0:
+        train_ebm(training_images(args), args)
+    barrier()
     show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")
 
 

@@ -25,24 +25,25 @@ from linear_eval import evaluate
 class SimCLR(nn.Module):
     def __init__(self, args, discriminator):
         super().__init__()
-        self.coeff, self.layers, self.temperature = args.coeff, args.layers, args.temperature
+        self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
+        self.temperature = args.temperature
         self.encoder = Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
-        if self.coeff > 0:
+        if self.third_view:
             self.discriminator = discriminator
             self.view_projector = nn.Sequential(
                 mlp(discriminator.dims[args.layers], 1024, args.emb), nn.BatchNorm1d(args.emb))
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.coeff > 0 else 2
+        n = 3 if self.third_view else 2
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
-        if self.coeff == 0:
+        if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         v3 = views[2]
@@ -72,7 +73,7 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    discriminator = run.get_ebm(images)
+    discriminator = run.get_ebm(images) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)
     ddp = distribute(compiled(model, args))
@@ -89,7 +90,7 @@ def main():
 
     step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
-        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+        for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
             optimizer.step()
             schedule.step()

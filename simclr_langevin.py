@@ -27,21 +27,22 @@ from linear_eval import evaluate
 class SimCLR(nn.Module):
     def __init__(self, args, f):
         super().__init__()
-        self.f, self.chain, self.temperature = f, chain_flags(args), args.temperature
-        self.coeff = args.coeff if args.use == "auxiliary" else 0
+        self.f, self.chain = f, chain_flags(args)
+        self.coeff, self.third_view = args.coeff, args.coeff > 0 and args.use == "auxiliary"
+        self.temperature = args.temperature
         self.encoder = Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.coeff > 0 and self.f is None else 2
+        n = 3 if self.third_view and self.f is None else 2
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (2)
         pair12 = nt_xent(z1, z2, self.temperature)                        # eq. (3)
-        if self.coeff == 0:
+        if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
         v3 = views[2] if n == 3 else augment(generate(self.f, x, **self.chain))         # eq. (1)
@@ -70,8 +71,9 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    f = run.get_ebm(images)
-    if f is not None:
+    f = None
+    if args.use == "dataset" or (args.coeff > 0 and args.view == "langevin"):
+        f = run.get_ebm(images)
         run.save_chain(f, images[:16])
     if args.use == "dataset":
         images = torch.cat([images, run.generated(f, images)])
@@ -92,7 +94,7 @@ def main():
 
     step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
-        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+        for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
             optimizer.step()
             schedule.step()

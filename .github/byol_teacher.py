@@ -70,14 +70,14 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
-        for x in run.batches(images):                                     # (B, 3, H, W), uint8
+        for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             with autocast(args):
                 loss, terms = ddp(x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            model.update_target(target_tau(args.tau, run.step / total_steps))
+            model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(loss=loss, **terms)
     run.finish(model.encoder)
 

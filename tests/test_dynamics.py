@@ -283,10 +283,10 @@ def test_an_ade_of_before_is_refused(tmp_path):
     images, path = common.training_images(args), tmp_path / "ebm.pt"
     config, network = common.ebm_config(images, args), Discriminator(8).state_dict()
     common.save(path, config=config, d=network)
-    common.get_ebm(images, args)
+    common.train_ebm(images, args)                      # finds it
     del config["version"]
     common.save(path, config=config, d=network)
-    for read in [lambda: common.get_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
+    for read in [lambda: common.train_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
         with pytest.raises(UserError, match="ebm.pt: .*it has no version"):
             read()
     config = tmp_path / "config.json"

@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 import linear_eval
-from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes, get_ebm,
+from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes,
                     load_ebm, train_ebm)
 
 
@@ -252,11 +252,12 @@ def test_file_log_and_picture(tmp_path, capsys):
     with Image.open(tmp_path / "ebm.ebm" / "samples.png") as picture:
         assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
-    assert torch.equal(get_ebm(images, args).linear.weight, d.linear.weight)    # found, not made
+    again = train_ebm(images, args)                                     # found, not made
+    assert torch.equal(again.linear.weight, d.linear.weight)
     with pytest.raises(UserError, match="--width 8, not 16"):
-        get_ebm(images, flags(tmp_path, "--width", "16"))
+        train_ebm(images, flags(tmp_path, "--width", "16"))
     with pytest.raises(UserError, match="other images"):
-        get_ebm(images[1:], args)
+        train_ebm(images[1:], args)
 
 
 def test_each_setting_of_an_ebm_has_a_file_of_its_own():

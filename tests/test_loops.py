@@ -146,7 +146,7 @@ def test_a_run_is_a_plain_loop(script, flags, program):
 
 def test_faults_of_a_loop_are_noticed(program):
     args, images = program(byol_disc, "--coeff 0.5 --tau 0.9 --schedule cosine")
-    f = common.get_ebm(images, args)
+    f = common.train_ebm(images, args)
     expected = train(byol_disc, args, images, f, 1)[2][0]
     assert train(byol_disc, args, images, f, 1)[2][0] == expected
     for fault in ["not shuffled", "no schedule", "gradients kept", "no update_target",
@@ -158,7 +158,7 @@ def test_faults_of_a_loop_are_noticed(program):
 def test_generated_images_join_the_others(script, program, monkeypatch):
     """--use dataset; every chain of the run, that of the picture too, has the flags' settings."""
     args, images = program(script, "--use dataset --batch-size 16")
-    f, calls = common.get_ebm(images, args), []
+    f, calls = common.train_ebm(images, args), []
 
     def recorded(*given, **named):
         calls.append(inspect.signature(langevin).bind(*given, **named).arguments)

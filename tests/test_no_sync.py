@@ -102,8 +102,8 @@ def steps(script, cuda, **flags):
     model.to("cuda")
     optimizer = torch.optim.Adam(cuda(model.parameters()), lr=3e-3, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 100))
-    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), epoch=1, rows=[])
-    batches = common.Run.batches(run, images(64))
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), rows=[])
+    batches = common.Run.batches(run, images(64), 1)
 
     def step():
         loss, terms = model(next(batches))
@@ -112,7 +112,7 @@ def steps(script, cuda, **flags):
         optimizer.step()
         schedule.step()
         if hasattr(model, "update_target"):
-            model.update_target(target_tau(0.99, run.step / 100))
+            model.update_target(target_tau(0.99, schedule.last_epoch / 100))
         common.Run.log(run, loss=loss, **terms)
     return step
 

@@ -167,8 +167,9 @@ def test_every_flag_but_six_tells_runs_apart(script, tmp_path, monkeypatch):
 
 def test_another_number_of_ranks_is_refused(tmp_path):
     training, model = Training(tmp_path, MADE), torch.nn.Linear(2, 2)
-    for _ in training.rounds("epoch", 1, 1, str, {"model": model}):
+    for _ in training.rounds("epoch", 1, 1, {"model": model}):
         training.log(loss=torch.tensor(1.0))
+        training.keep(training.means(), "")
     training.ranks = 2
     with pytest.raises(UserError, match="checkpoint.pt: made on 1 ranks; start as many"):
         training.restore({"model": model})
@@ -180,7 +181,7 @@ def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name):
         training = Training(tmp_path, MADE)
-        next(training.rounds("epoch", 1, 1, str, {}))
+        next(training.rounds("epoch", 1, 1, {}))
     assert (tmp_path / name).read_text() == content
 
 
@@ -370,7 +371,7 @@ def test_a_run_goes_on_in_the_number_format_it_began_in(tmp_path, saved, wanted,
     save(tmp_path / "checkpoint.pt", config={**AUTO, **saved}, done=1, ranks=1,
          model=state["model"].state_dict())
     with pytest.raises(UserError, match=refused) if refused else nullcontext():
-        next(Training(tmp_path, {**AUTO, **wanted}).rounds("epoch", 2, 1, str, state))
+        next(Training(tmp_path, {**AUTO, **wanted}).rounds("epoch", 2, 1, state))
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["computed_in"] == saved.get("computed_in")
 
@@ -496,16 +497,18 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", MADE)
-    for _ in training.rounds("epoch", 10, 1, str, {"model": model}):
+    for _ in training.rounds("epoch", 10, 1, {"model": model}):
         clock[0] += 25
         training.log(loss=torch.tensor(1.0))
+        training.keep(training.means(), "")
     assert written == [75, 150, 225, 250]
 
     monkeypatch.undo()
     before = model.weight.clone()
     training = Training(tmp_path / "again", MADE)
-    for _ in training.rounds("epoch", 2, 1, str, {"model": model}):
+    for _ in training.rounds("epoch", 2, 1, {"model": model}):
         training.log(loss=torch.tensor(1.0))
+        training.keep(training.means(), "")
     model.weight.data.zero_()
     assert Training(tmp_path / "again", MADE).restore({"model": model}) == 2
     assert torch.equal(model.weight, before) and before.ne(0).all()

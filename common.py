@@ -169,7 +169,7 @@ def name_files(parser, args):
         raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
     at, its = map(os.path.realpath, (getattr(args, "run_dir", args.ebm), args.ebm[:-2] + "ebm"))
     if at == its or at.endswith(".ebm"):
-        raise UserError(f"--run-dir {args.run_dir}: an EBM's, see --ebm {args.ebm}; name another")
+        raise UserError(f"--run-dir {args.run_dir}: is an EBM's (--ebm {args.ebm}); name another")
 
 
 def launch(main):

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import linear_eval
-from common import Encoder, draw_shapes
+from common import Encoder, UserError, draw_shapes
 from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, once, table
 
 
@@ -188,6 +188,25 @@ def test_the_checksum_is_of_all_images_and_labels(monkeypatch):
             assert data() != before[0] and (data("val") != before[1]) == (split == "train")
             x.view(-1)[-1] -= 1
     assert (data(), data("val")) == before
+
+
+def test_an_eval_json_is_compared_with_data_that_can_be_loaded(tmp_path, monkeypatch, capsys):
+    """Nothing is downloaded for that; other data than named, or damaged, is no answer."""
+    def load_images(*args):
+        loaded.append(args)
+        raise UserError("damaged")
+    loaded, result = [], {"data": 1}
+    monkeypatch.setattr(linear_eval, "load_images", load_images)
+    args = SimpleNamespace(dataset="cifar10", data_dir=str(tmp_path / "gone"))
+    assert linear_eval.answers("run", result, args, None) and not loaded
+    args.data_dir = str(tmp_path)
+    assert linear_eval.answers("run", {}, args, None) and not loaded
+    assert linear_eval.answers("run", result, args, None) and loaded
+    assert capsys.readouterr().out == (
+        "run: as in its eval.json, not compared with the data (damaged)\n")
+    assert not linear_eval.answers("run", {}, args, str(tmp_path))
+    with pytest.raises(UserError, match="damaged"):
+        linear_eval.answers("run", result, args, str(tmp_path))
 
 
 @pytest.mark.parametrize("split", ["test", "val"])

@@ -355,6 +355,20 @@ def test_an_unfinished_run_has_a_row_of_its_own(evaluated, tmp_path):
     assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=2 of 3"], err
 
 
+def test_runs_in_other_number_formats_have_rows_of_their_own(evaluated, tmp_path):
+    """By what --precision came to, which a run of older code does not say."""
+    config = json.loads((evaluated / "run" / "config.json").read_text())
+    for seed, came_to in enumerate(["fp32", "bf16", None, "fp32"]):
+        shutil.copytree(evaluated / "run", tmp_path / str(seed))
+        common.write_json(tmp_path / str(seed) / "config.json", {
+            **config, "precision": "auto", "computed_in": came_to, "seed": seed})
+    status, out, err = finish("linear_eval", tmp_path, *"0123")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| byol")]
+    assert status == 0 and [(row[0], row[-1]) for row in rows] == [
+        ("| byol_disc precision=fp32", "2 |"), ("| byol_disc precision=bf16", "1 |"),
+        ("| byol_disc precision=auto", "1 |")], err
+
+
 AUTO = {**MADE, "precision": "auto"}
 
 
@@ -403,7 +417,7 @@ def test_a_run_is_not_kept_where_an_ebm_is(run_dir, refused, tmp_path, monkeypat
     flags = ["--run-dir", run_dir.format(here=tmp_path), "--ebm", ebm]
     for script in ("simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-        with pytest.raises(UserError, match=f"--run-dir .*: an EBM's, see --ebm {ebm}; name"
+        with pytest.raises(UserError, match=f"--run-dir .*: is an EBM's .--ebm {ebm}.; name"
                            ) if refused else nullcontext():
             importlib.import_module(script).parse()
     assert common.parse_flags(common.make_parser("x", training=False), flags[2:]).ebm == ebm

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
-                    byol_loss, captured, chain_flags, compiled, distribute, ema_update, generate,
+                    byol_loss, captured, chain_flags, compiled, distribute, ema_update, chain_end,
                     launch, lr_factor, make_parser, mlp, number, parse_flags, target_tau,
                     training_images, z_std)
 from linear_eval import evaluate
@@ -55,7 +55,7 @@ class BYOL(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2] if n == 3 else augment(generate(self.f, x, **self.chain))         # eq. (1)
+        v3 = views[2] if n == 3 else augment(chain_end(self.f, x, **self.chain))        # eq. (1)
         with batch_statistics(self):
             p3 = self.predictor(self.projector(self.encoder(v3)))
             with torch.no_grad():
@@ -93,7 +93,7 @@ def main():
         f = run.get_ebm(images)
         run.save_chain(f, images[:16])
     if args.use == "dataset":
-        images = torch.cat([images, run.generated(f, images)])
+        images = torch.cat([images, run.chain_ends(f, images)])
         total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
     model = BYOL(args, f).to(args.device)

@@ -45,6 +45,20 @@ class UserError(Exception):
     """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
 
 
+@contextmanager
+def naming(what, problem, remedy):
+    """An error within becomes a UserError of one line: what has which problem, the cause, the
+    remedy. Not where memory or the system is the cause: nothing is wrong with `what` then."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".split("\n")[0].split(". In PyTorch")[0]
+        if (isinstance(error, UserError) or getattr(error, "errno", None)
+                or "memory" in cause.lower()):
+            raise
+        raise UserError(f"{what}: {problem} ({cause.rstrip(': ')}); {remedy}") from error
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(**settings, allow_abbrev=False,
@@ -611,14 +625,31 @@ def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
 
 
 def chain_flags(args):
-    """What `generate` takes of the flags, the noise's std in units of the pixel range."""
+    """What `chain_end` takes of the flags, the noise's std in units of the pixel range."""
     return {"alpha": args.alpha, "steps": args.steps, "step_size": args.step_size,
             "noise_std": args.noise_std * args.noise_unit, "grad_clip": args.grad_clip}
 
 
-def generate(f, x, alpha, steps, step_size, noise_std, grad_clip):
+def chain_end(f, x, alpha, steps, step_size, noise_std, grad_clip):
     """I_steps of the chains that start from images x (B, 3, H, W), uint8 -> in [0, 1]."""
     return langevin(f, mix_with_noise(x / 255, alpha), steps, step_size, noise_std, grad_clip)
+
+
+def watch_chain(f, x, alpha, steps, **flags):
+    """A picture and the numbers of the chains from images x (B, 3, H, W), uint8.
+
+    The picture (rows * B, 3, H, W) has rows x, I_0, I_5, I_10, ..., I_steps; the numbers are, of
+    each I, the mean PSNR to x (dB) and f.
+    """
+    x, marks = x / 255, sorted({0, *range(5, steps, 5), steps})
+    rows = [mix_with_noise(x, alpha)]
+    for done, mark in zip(marks, marks[1:]):
+        rows.append(langevin(f, rows[-1], mark - done, **flags))
+    errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
+    f_of_x, *values = [f(image).float().mean().item() for image in [x, *rows]]
+    return torch.cat([x, *rows]), {
+        "steps": marks, "psnr": [-10 * error.log10().mean().item() for error in errors],
+        "f": values, "f_of_x": f_of_x}
 
 
 # --- Losses: in fp32 whatever the networks computed in ---------------------------------------
@@ -870,7 +901,8 @@ def train_ebm(images, args):
                 finish_ebm(path, training, images, args, **state)
         finally:
             training.lock.release()
-    same_config(path, load(path)["config"], ebm_config(images, args))
+    with reading(path) as saved:
+        same_config(path, saved["config"], ebm_config(images, args))
     return load_ebm(path, args.device)
 
 
@@ -943,9 +975,9 @@ def ebm_config(images, args, *more):
 
 def load_ebm(path, device):
     """The discriminator f in the file `path`, on `device`, its weights frozen."""
-    saved = load(path, d=dict, config={"width": int})
-    d = Discriminator(saved["config"]["width"])
-    load_into(d, saved["d"], path)
+    with reading(path) as saved:
+        d = Discriminator(saved["config"]["width"])
+        d.load_state_dict(saved["d"])
     return d.to(device).requires_grad_(False)
 
 
@@ -981,46 +1013,19 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def load(path, **kinds):
-    """The dict in the file `path`, JSON or PyTorch's, with entries of these kinds; or UserError.
-
-    A kind is a type, or a dict of the kinds within that entry.
-    """
-    try:
+@contextmanager
+def reading(path):
+    """Yield the dict in the file `path`, JSON or PyTorch's; where that fails, or what is done with
+    it, the file is not a whole one of ours, and UserError says so."""
+    with naming(path, "not a whole file of ours",
+                "name another, or remove it if it is one of ours, damaged or of older code"):
         if Path(path).suffix == ".json":
             content = json.loads(Path(path).read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            kinds["config"] = {"version": int, **kinds.get("config", {})}
-        check_kinds(content, kinds)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except Exception as error:                            # truncated, foreign, or with code in it
-        reason = str(error).split("\n")[0].split(". In PyTorch")[0]
-        if not isinstance(error, ValueError):
-            reason = f"{type(error).__name__}: {reason}".rstrip(": ")
-        raise UserError(f"{path}: not a whole file of ours ({reason}); name another, or remove it "
-                        "if it is one of ours, damaged or of older code") from None
-    return content
-
-
-def check_kinds(content, kinds):
-    if not isinstance(content, dict):
-        raise ValueError(f"it is a {type(content).__name__}")
-    for name, kind in kinds.items():
-        if isinstance(kind, dict) and isinstance(content.get(name), dict):
-            check_kinds(content[name], kind)
-        elif isinstance(kind, dict) or not isinstance(content.get(name), kind):
-            raise ValueError(f"it has no {name}")
-
-
-def load_into(part, state, path):
-    """part.load_state_dict(state); UserError where the file `path` holds another part's state."""
-    try:
-        part.load_state_dict(state)
-    except Exception:                                     # an optimizer raises of many kinds
-        raise UserError(f"{path}: made by other code, its {type(part).__name__} is not this one; "
-                        "name another run directory or EBM") from None
+        if Path(path).name != "eval.json":
+            content.get("config", content)["version"]
+        yield content
 
 
 def same_config(path, saved, wanted):
@@ -1073,10 +1078,11 @@ class Training:
     def check(self):
         """UserError where the directory holds what was made with another config."""
         made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
-        path = self.path / "config.json"
-        self.saved = load(path, version=int) if path.exists() else self.config
-        if any(path.with_name(name).exists() for name in made):
-            same_config(self.path, self.saved, self.config)
+        self.saved = self.config
+        if (self.path / "config.json").exists():
+            with reading(self.path / "config.json") as self.saved:
+                if any((self.path / name).exists() for name in made):
+                    same_config(self.path, self.saved, self.config)
 
     def hold(self, wait=False):
         """Make the directory and keep others out of it, until `lock` is released or the process
@@ -1139,26 +1145,24 @@ class Training:
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return 0
-        saved = load(path, done=int, ranks=int, **dict.fromkeys(state, dict))
-        same_config(path, saved["config"], self.config)
-        if saved["ranks"] != self.ranks:
-            raise UserError(f"{path}: made on {saved['ranks']} ranks; start as many")
-        for name, part in state.items():
-            load_into(part, saved[name], path)
-        self.config["computed_in"] = saved["config"].get("computed_in")   # unknown, it remains so
-        return saved["done"]
+        with reading(path) as saved:
+            same_config(path, saved["config"], self.config)
+            if saved["ranks"] != self.ranks:
+                raise UserError(f"{path}: made on {saved['ranks']} ranks; start as many")
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            self.config["computed_in"] = saved["config"].get("computed_in")   # maybe unknown
+            return saved["done"]
 
 
 def start_log(path, counter, done, device):
     """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
     if path.exists():
-        try:
+        with naming(path, "a line is not ours", "mend or remove it"):
             lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
-            if lines and "argv" not in json.loads(lines[0]):
-                raise ValueError("the first has no argv")
+            for line in lines[:1]:
+                json.loads(line)["argv"]                  # the first is on the origin
             kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: a line is not ours ({error}); mend or remove it") from None
         write_whole(path, lambda file: file.write_text(kept))
     commit, _, changes = subprocess.run(                  # of the repository that has this code
         "unset $(git rev-parse --local-env-vars); git cat-file -e HEAD:./common.py && "
@@ -1183,13 +1187,14 @@ class Run(Training):
                                         "computed_in": "bf16" if in_bf16(args) else "fp32"})
         self.args, self.evaluate, self.ranks = args, evaluate, world_size()
         if (self.path / "eval.json").exists():
-            result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
-            here = "data" in result and has_test(args) and evaluate(None, args, metrics=[])
-            if here["data"] != result["data"] if here else args.data_dir != self.saved["data_dir"]:
+            with reading(self.path / "eval.json") as result:
+                accuracies = describe(result)
+            known = "data" in result and has_test(args)
+            if (data_checksum(args) != result["data"] if known
+                    else args.data_dir != self.saved["data_dir"]):
                 raise UserError(f"{self.path}: finished; eval.json may be of other data. For this: "
                                 f"python linear_eval.py {self.path} --data-dir {args.data_dir}")
-            show(f"{self.path} is finished")
-            show_accuracies(result)
+            show(f"{self.path} is finished\n{accuracies}")
             sys.exit()
         if args.batch_size % world_size() or args.batch_size < 2 * world_size():
             raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
@@ -1262,66 +1267,59 @@ class Run(Training):
                         f"{self.done}, {rows[step]}; try a smaller one in another --run-dir")
 
     def save_chain(self, f, x):
-        """Keep the Langevin chain of images x (B, 3, H, W), uint8, as a picture and in numbers.
-
-        langevin.png has rows x, I_0, I_5, I_10, ...; chain.json their PSNR to x (dB) and their f.
-        """
-        flags = chain_flags(self.args)
-        alpha, steps = flags.pop("alpha"), flags.pop("steps")
+        """Keep the chains of images x (B, 3, H, W), uint8, as langevin.png and chain.json."""
         self.hold()
         if rank() > 0 or (self.path / "chain.json").exists():
             return
         write_json(self.path / "config.json", self.config)
         torch.manual_seed(self.args.seed)
-        marks = sorted({0, *range(5, steps, 5), steps})
         with autocast(self.args):
-            x = x / 255
-            rows = [mix_with_noise(x, alpha)]
-            for done, mark in zip(marks, marks[1:]):
-                rows.append(langevin(f, rows[-1], mark - done, **flags))
-            f_of_x, *values = [f(image).float().mean().item() for image in [x, *rows]]
-        errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
-        psnr = [-10 * error.log10().mean().item() for error in errors]
+            picture, numbers = watch_chain(f, x, **chain_flags(self.args))
         write_whole(self.path / "langevin.png",
-                    partial(save_image, torch.cat([x, *rows]), nrow=len(x), format="png"))
-        write_json(self.path / "chain.json",
-                   {"steps": marks, "psnr": psnr, "f": values, "f_of_x": f_of_x})
-        show(f"Langevin from I_0 to I_{steps}: f {values[0]:.2f} to {values[-1]:.2f} (of x "
-             f"{f_of_x:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
+                    partial(save_image, picture, nrow=len(x), format="png"))
+        write_json(self.path / "chain.json", numbers)
+        values, psnr = numbers["f"], numbers["psnr"]
+        show(f"Langevin from I_0 to I_{self.args.steps}: f {values[0]:.2f} to {values[-1]:.2f} (of x "
+             f"{numbers['f_of_x']:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
 
-    def generated(self, f, images):
-        """A generated image for each of images (N, 3, H, W), uint8; made once, in generated.pt."""
+    def chain_ends(self, f, images):
+        """The end of a chain from each of images (N, 3, H, W), uint8; made once, generated.pt."""
         path = self.path / "generated.pt"
         if rank() == 0 and not path.exists():
             torch.manual_seed(self.args.seed)
             made, parts = [], images.split(500)
             for i, x in enumerate(parts, 1):
                 with autocast(self.args):
-                    image = generate(f, x, **chain_flags(self.args))
+                    image = chain_end(f, x, **chain_flags(self.args))
                 made.append((image * 255).round().byte().cpu())
                 show(f"generating images: {i}/{len(parts)}", passing=i < len(parts))
             save(path, config=self.config, images=torch.cat(made))
         barrier()
-        saved = load(path, images=torch.Tensor)
-        same_config(path, saved["config"], self.config)
-        return saved["images"].to(images.device)
+        with reading(path) as saved:
+            same_config(path, saved["config"], self.config)
+            return saved["images"].to(images.device)
 
     def finish(self, encoder):
         """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
         show("evaluating the encoder, and an untrained one", passing=True)
         if rank() == 0 and (result := self.evaluate(encoder, self.args, untrained=True)):
-            show_accuracies(result)
+            show(describe(result))
             write_json(self.path / "eval.json", result)
         barrier()
 
 
-ACCURACIES = dict(linear=float, knn5=float, knn_cosine=float)            # in eval.json, in %
+def data_checksum(args):
+    """Of the images and labels that the test split's accuracies are of."""
+    return checksum(*(x for split in ("train", "test")
+                      for x in load_images(args.dataset, args.data_dir, split)))
 
 
-def show_accuracies(result):
-    for name, row in [("trained", result), ("untrained", result["untrained"])]:
-        show(f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  "
-             f"cosine kNN {row['knn_cosine']:.2f}  (test accuracy, %)")
+def describe(result):
+    """Two lines of the accuracies (%) in an eval.json."""
+    return "\n".join(
+        f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  cosine kNN "
+        f"{row['knn_cosine']:.2f}  ({result.get('split', 'test')} accuracy, %)"
+        for name, row in [("trained", result), ("untrained", result["untrained"])])
 
 
 def seed_of(*numbers):

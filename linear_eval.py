@@ -2,26 +2,31 @@
 
     python linear_eval.py runs/*                   # every run, finished or not; every EBM's D
     python linear_eval.py runs/* --untrained       # and the floor, an untrained encoder or D
+    python linear_eval.py runs/* --keep FILE.jsonl # the rows with their logs in one file, ...
+    python linear_eval.py FILE.jsonl               # ... which it reads as it does runs
 
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
 seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
-Where they share seeds with the first row's, their paired differences to it follow, with the
-standard error. What an eval.json has of other images and labels than those at hand is computed
-again. Nothing is written.
+Differences to the first row's, paired by seed, follow. Their standard error is pooled over all
+rows. What an eval.json has of other images and labels than those at hand is computed again.
 """
 import argparse
+import json
+import math
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (ACCURACIES, NOT_IDENTITY, Encoder, Parser, UserError, autocast, bake, checksum,
-                    ebm_networks, has_test, launch, load, load_ebm, load_images, load_into,
-                    same_config, seed_of, set_up, show, standardise, training_images, world_size)
+from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, bake, captured, checksum,
+                    data_checksum, describe, ebm_networks, has_test, launch, load_ebm, load_images,
+                    naming, reading, same_config, seed_of, set_up, show, standardise,
+                    training_images, world_size)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -66,12 +71,17 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
+
+    def forward_backward(index):
+        optimizer.zero_grad(set_to_none=False)            # a last batch is smaller, and not captured
+        F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
+        return {}
+
+    step = captured(forward_backward, argparse.Namespace(device=train_x.device))
     for _ in range(epochs):
         order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
         for index in order.split(1000):
-            loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
-            optimizer.zero_grad()
-            loss.backward()
+            step(index)
             optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -80,34 +90,36 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
 
 METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
            "knn_cosine": partial(knn_accuracy, k=200, temperature=0.1)}
-SETTINGS = dict(dataset=str, data_dir=str, subset=int, width=int, seed=int, precision=str)
 
 
-def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
-    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum.
-
-    Probe and kNN have the labels of all training images, whatever --subset. With split "val" a
-    tenth of them, held out, are the test images. The checksum is of all images and labels; without
-    metrics it is all. `untrained`: with the split, and an untrained encoder's accuracies, as in
-    eval.json. None, with a printed line, without test images.
-    """
+def labelled_images(args, split):
+    """(images, labels) to learn from, and to be tested on: the test split's or, with "val", a tenth
+    of the training images, held out. None, with a printed line, without test images."""
     train = load_images(args.dataset, args.data_dir, "train")
     if split == "val":
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
         held_out, kept = order.tensor_split([max(1, len(order) // 10)])
-        train, test = [x[kept] for x in train], [x[held_out] for x in train]
-    elif has_test(args):
-        test = load_images(args.dataset, args.data_dir, "test")
-    else:
-        show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+        return [x[kept] for x in train], [x[held_out] for x in train]
+    if has_test(args):
+        return train, load_images(args.dataset, args.data_dir, "test")
+    return show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+
+
+def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
+    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum of all
+    images and labels; None without test images.
+
+    Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with the
+    split, and an untrained encoder's accuracies, as in eval.json.
+    """
+    parts, data = labelled_images(args, split), []
+    if parts is None:
         return None
-    data = []
-    for images, labels in (train, test) if metrics else ():
+    for images, labels in parts:
         with autocast(args):
-            data.append(extract_features(encoder, images[labels >= 0], encode))
-        data.append(labels[labels >= 0].to(args.device))
+            data += [extract_features(encoder, images, encode), labels.to(args.device)]
     result = {metric: METRICS[metric](*data) for metric in metrics}
-    result["data"] = checksum(*train, *test)
+    result["data"] = checksum(*parts[0], *parts[1])
     if untrained:
         torch.manual_seed(args.seed)
         floor = evaluate(type(encoder)(args.width).to(args.device), args, split=split)
@@ -123,26 +135,33 @@ def evaluate_run(path, flags):
 
     The config says where the run is, how far, and what --precision came to, if that is known.
     """
-    config = load(path / "config.json", version=int, script=str, epochs=int, **SETTINGS)
-    shown = {**config, "run_dir": str(path),
-             "precision": config.get("computed_in") or config["precision"]}
-    args = settings(config, flags)
+    with reading(path / "config.json") as config:
+        args, epochs = settings(config, flags), config["epochs"]
+        shown = {**config, "run_dir": str(path),
+                 "precision": config.get("computed_in") or config["precision"]}
     if (path / "eval.json").exists() and flags.split == "test":
-        result = load(path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
+        with reading(path / "eval.json") as result:
+            describe(result)
         if answers(path, result, args, flags.data_dir):
             return [(shown, result)]
     if not (path / "checkpoint.pt").exists():
         raise UserError(f"{path}: no checkpoint.pt, and no eval.json known to be of --data-dir "
                         f"{args.data_dir}, --split {flags.split}; name what it is of")
     same_images(path, config, args)
-    saved = load(path / "checkpoint.pt", done=int, model=dict)
-    show(f"evaluating {path}, epoch {saved['done']}", passing=True)
-    encoder = Encoder(args.width)
-    load_into(encoder, {name.removeprefix("encoder."): value for name, value
-                        in saved["model"].items() if name.startswith("encoder.")}, path)
-    if saved["done"] < config["epochs"]:
-        shown["epochs"] = f"{saved['done']} of {config['epochs']}"
+    with reading(path / "checkpoint.pt") as saved:
+        show(f"evaluating {path}, epoch {saved['done']}", passing=True)
+        encoder = load_encoder(saved["model"], args.width)
+        if saved["done"] < epochs:
+            shown["epochs"] = f"{saved['done']} of {epochs}"
     return [(shown, evaluate(encoder.to(args.device), args, split=flags.split, untrained=True))]
+
+
+def load_encoder(model, width):
+    """The encoder of a method's state dict."""
+    encoder = Encoder(width)
+    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in model.items()
+                             if name.startswith("encoder.")})
+    return encoder
 
 
 def answers(path, result, args, named):
@@ -152,7 +171,7 @@ def answers(path, result, args, named):
     if gone or "data" not in result or not has_test(args):
         return not named
     try:
-        return evaluate(None, args, metrics=[])["data"] == result["data"]
+        return data_checksum(args) == result["data"]
     except UserError as error:
         if named:
             raise
@@ -162,19 +181,21 @@ def answers(path, result, args, named):
 
 def evaluate_ebm(path, flags):
     """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    config = load(path, config=dict(ebm_objective=str, ebm_iters=int, **SETTINGS))["config"]
-    args = settings(config, flags)
+    with reading(path) as saved:
+        config = {**saved["config"], "script": "ebm", "run_dir": str(path)}
+        args = settings(config, flags)
     images = same_images(path, config, args)
-    networks = {"": load_ebm(path, flags.device)}
-    if flags.untrained:
+    networks = {args.ebm_iters: load_ebm(path, flags.device)}
+    if flags.untrained and args.ebm_iters:
+        args.ebm_iters = 0
         torch.manual_seed(seed_of(args.seed))
-        networks[", untrained"] = bake(ebm_networks(args)["d"])
-        standardise(networks[", untrained"], images, args)
-    for name, network in networks.items():
+        networks[0] = bake(ebm_networks(args)["d"])
+        standardise(networks[0], images, args)
+    for iters, network in networks.items():
         for layers in ["last", "all"]:
-            show(f"evaluating {path}{name}, {layers}", passing=True)
+            show(f"evaluating {path}, {iters} iterations, {layers}", passing=True)
             encode = partial(network.features, layers=layers)
-            yield ({"script": f"{path}{name}", "layers": layers},
+            yield ({**config, "ebm_iters": iters, "layers": layers},
                    evaluate(network, args, encode, split=flags.split))
 
 
@@ -189,6 +210,23 @@ def same_images(path, config, args):
     images = training_images(args)
     same_config(path, config, {"images": checksum(images)})
     return images
+
+
+def kept_rows(path):
+    """[(config, accuracies)] of a file that --keep wrote."""
+    with naming(path, "not a file that --keep wrote", "name another"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line["config"], line["result"]) for line in lines if line["result"]]
+
+
+def keep(path, rows):
+    """Add to a file those rows that it has not, one a line, with the log of the run or EBM."""
+    there = kept_rows(path) if path.exists() else []
+    for config, result in [row for row in rows if row not in there]:
+        made = Path(config["run_dir"])
+        log = (made.with_suffix(".ebm") if made.suffix == ".pt" else made) / "log.jsonl"
+        log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        append(path, {"config": config, "result": result, "log": log})
 
 
 UNSHOWN = NOT_IDENTITY | {"script", "seed", "f", "version"}             # a seed has an EBM, f
@@ -218,41 +256,73 @@ def once(rows):
     return list(kept.values()), problems
 
 
+def pooled(groups, metric):
+    """Standard deviation of the results {label: {seed: accuracies}} about a sum of an effect of the
+    row and one of the seed, fitted by least squares; and its degrees of freedom."""
+    places = [(label, seed) for label, seeds in groups.items() for seed in seeds]
+    values = np.array([groups[label][seed][metric] for label, seed in places])
+    effects = sorted({effect for place in places for effect in place}, key=str)
+    design = np.array([[effect in place for effect in effects] for place in places], float)
+    fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    freedom = len(values) - rank
+    return (np.square(values - design @ fitted).sum() / max(freedom, 1)) ** 0.5, int(freedom)
+
+
+def studentized_range(rows, freedom):
+    """Its 95 % quantile, for so many rows (Tukey's, by simulation, good to 1 %)."""
+    g = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(100000, rows, generator=g), torch.randn(100000, freedom, generator=g)
+    return ((x.amax(1) - x.amin(1)) / scale.square().mean(1).sqrt()).quantile(0.95).item()
+
+
 def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
-    differences, paired by seed, to the first setting, where they share several."""
+    differences, paired by seed, to the first setting, with their pooled error, where it is known.
+    """
     groups, (names, shared) = {}, labels(rows)
     for label, (config, result) in zip(names, rows):
-        groups.setdefault(label, []).append((config.get("seed"), result))
+        groups.setdefault(label, {})[config.get("seed")] = result
+    deviation = {metric: pooled(groups, metric) for metric in METRICS}
+    freedom = deviation["linear"][1]
+    least = studentized_range(len(groups), freedom) if freedom else math.inf
+    first, *_ = groups.values()
 
-    def line(label, results, divisor=1):
-        cells = []
-        for metric in METRICS:
-            values = [result[metric] for result in results]
-            spread = f" ± {stdev(values) / divisor:.2f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{spread}")
+    def line(label, results):
+        values = [[result[metric] for result in results] for metric in METRICS]
+        cells = [f"{mean(x):.2f}" + (f" ± {stdev(x):.2f}" if len(x) > 1 else "") for x in values]
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
+    def differences(seeds):
+        shared, cells = [seed for seed in seeds if seed in first], []
+        for metric, (sd, _) in deviation.items():
+            value = mean(seeds[seed][metric] - first[seed][metric] for seed in shared)
+            beyond = "*" if abs(value) > least * sd / len(shared) ** 0.5 else ""
+            cells.append(f"{value:+.2f} ± {sd * (2 / len(shared)) ** 0.5:.2f}{beyond}")
+        return "| " + " | ".join(["less the first", *cells, str(len(shared))]) + " |"
+
     lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
-    first = dict(next(iter(groups.values()), []))
     for label, seeds in groups.items():
-        results = [result for _, result in seeds]
-        lines.append(line(label, results))
-        pairs = [(result, first[seed]) for seed, result in seeds if seed in first]
-        if len(pairs) > 1 and len(lines) > 3:
-            differences = [{metric: a[metric] - b[metric] for metric in METRICS} for a, b in pairs]
-            lines.append(line("less the first, ± standard error", differences, len(pairs) ** 0.5))
-        if untrained and "untrained" in results[0]:
-            lines.append(line(f"{label}, untrained encoder", [r["untrained"] for r in results]))
-    caption = ", ".join(f"{flag}={value}" for flag, value in shared.items()
-                        if flag == "script" or flag not in UNSHOWN | {"images", "data"})
-    return "\n".join([*lines, "", f"Accuracy in %, {split} split. Flags in common: {caption}"])
+        lines.append(line(label, seeds.values()))
+        if freedom and seeds is not first and seeds.keys() & first.keys():
+            lines.append(differences(seeds))
+        if untrained and "untrained" in next(iter(seeds.values())):
+            lines.append(line(f"{label}, untrained encoder",
+                              [result["untrained"] for result in seeds.values()]))
+    lines += ["", f"Accuracy in %, {split} split. Flags in common: " + ", ".join(
+        f"{flag}={value}" for flag, value in shared.items()
+        if flag == "script" or flag not in UNSHOWN | {"images", "data"})]
+    if freedom:
+        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f}" for sd, _ in deviation.values())
+        lines.append(f"Standard errors pooled over rows and seeds, {freedom} degrees of freedom. "
+                     f"* told apart with all pairs in view (95 %), at n = 3 from {told} points on.")
+    return "\n".join(lines)
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="run directories, files of EBMs")
+    add("paths", nargs="+", type=Path, help="run directories, EBMs, files that --keep wrote")
+    add("--keep", type=Path, help="a file FILE.jsonl for the rows and their logs")
     add("--split", choices=["test", "val"], default="test",
         help="val: a tenth of the training images, held out from the probe, for choosing flags")
     add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
@@ -264,10 +334,13 @@ def main():
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
     if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
         raise UserError(f"{missing[0]}: there is no such file")
-    rows, problems, places = [], [], {}
+    rows, kept, problems, places = [], [], [], {}
     for path in args.paths:
         places.setdefault(path.resolve(), path)           # a link to it is the same run
     for path in places.values():
+        if path.suffix == ".jsonl":
+            kept += kept_rows(path)
+            continue
         made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
         if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
             show(f"{path}: left out, no EBM, no run to evaluate", passing=path.suffix == ".ebm")
@@ -278,7 +351,9 @@ def main():
         except UserError as error:                        # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)
-    rows, doubled = once(rows)
+    if args.keep:
+        keep(args.keep, rows)
+    rows, doubled = once([*kept, *rows])
     problems += doubled
     if rows:
         print(table(rows, args.untrained, args.split))

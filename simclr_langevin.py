@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics, captured,
-                    chain_flags, compiled, distribute, generate, launch, lr_factor, make_parser,
+                    chain_flags, compiled, distribute, chain_end, launch, lr_factor, make_parser,
                     mlp, nt_xent, number, parse_flags, training_images, z_std)
 from linear_eval import evaluate
 
@@ -45,7 +45,7 @@ class SimCLR(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2] if n == 3 else augment(generate(self.f, x, **self.chain))         # eq. (1)
+        v3 = views[2] if n == 3 else augment(chain_end(self.f, x, **self.chain))        # eq. (1)
         with batch_statistics(self):
             z3 = self.projector(self.encoder(v3))
         pair13 = nt_xent(z1, z3, self.temperature)
@@ -76,7 +76,7 @@ def main():
         f = run.get_ebm(images)
         run.save_chain(f, images[:16])
     if args.use == "dataset":
-        images = torch.cat([images, run.generated(f, images)])
+        images = torch.cat([images, run.chain_ends(f, images)])
         total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
     model = SimCLR(args, f).to(args.device)

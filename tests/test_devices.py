@@ -36,7 +36,7 @@ def step(script, x):
     """A whole step of a method, its views and generated images a fixed function of x."""
     queue = [lambda x: x / 255, lambda x: x.flip(3) / 255, lambda x: 1 - x / 255]
     script.augment = lambda views: torch.cat([queue.pop(0)(v) for v in views.split(len(x))])
-    script.generate = lambda f, x, **_: x
+    script.chain_end = lambda f, x, **_: x
     method = make(script).eval()
     model = common.distribute(method)                   # it averages as long as it lives
     loss, _ = model(x)
@@ -82,7 +82,7 @@ def on_two_ranks(folder, cut=False):
 def one_rank(monkeypatch):
     for script in SCRIPTS:                              # `step` replaces these for good
         monkeypatch.setattr(script, "augment", None)
-        monkeypatch.setattr(script, "generate", None, raising=False)
+        monkeypatch.setattr(script, "chain_end", None, raising=False)
     return everything()
 
 

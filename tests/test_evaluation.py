@@ -1,5 +1,6 @@
 """Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
 import inspect
+import json
 import math
 import zlib
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 import linear_eval
 from common import Encoder, UserError, draw_shapes
 from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, once, table
@@ -135,9 +137,51 @@ def test_table_pairs_the_differences_by_seed():
             run(2, 1.0, 74.0), run(0, 1.0, 51.0), run(3, 1.0, 99.0), run(1, 1.0, 62.5),
             run(1, 2.0, 9.0)]
     lines = table(rows, False, "test").splitlines()
-    assert len(lines) == 8 and [line.count("less the first") for line in lines[2:6]] == [0, 0, 1, 0]
-    # 4, 1 and 2.5: mean 2.5, standard deviation 1.5, over the root of 3
-    assert "| 2.50 ± 0.87 | 5.00 ± 1.73 | 0.00 ± 0.00 | 3 |" in lines[4]
+    assert [line.count("less the first") for line in lines[2:7]] == [0, 0, 1, 0, 1]
+    # 4, 1 and 2.5: mean 2.5, standard deviation 1.5, over the root of 3; seed 3 has no pair
+    assert "| +2.50 ± 0.87 | +5.00 ± 1.73 | +0.00 ± 0.00 | 3 |" in lines[4]
+    assert "| -51.00 ± 1.50* | -102.00 ± 3.00* |" in lines[6] and lines[6].endswith("| 1 |")
+    assert "2 degrees of freedom" in lines[-1]
+
+
+def test_one_error_is_pooled_over_rows_and_seeds():
+    """That of a two-way table without gaps is known: what row and seed means leave."""
+    values = torch.randn(3, 4, dtype=torch.float64) + 10 * torch.randn(4, dtype=torch.float64)
+    rows = [({"script": "byol_disc", "seed": j, "coeff": float(i)},
+             dict.fromkeys(("linear", "knn5", "knn_cosine"), values[i, j].item()))
+            for i in range(3) for j in range(4)]
+    left = values - values.mean(1, keepdim=True) - values.mean(0) + values.mean()
+    error = (left.square().sum() / 6 * 2 / 4).sqrt().item()
+    lines = table(rows, False, "test").splitlines()
+    for i, line in [(1, lines[4]), (2, lines[6])]:
+        assert f"| {(values[i] - values[0]).mean():+.2f} ± {error:.2f} |" in line.replace("*", "")
+    assert "6 degrees of freedom" in lines[-1]
+    unpaired = table([({**c, "seed": (c["seed"] + int(c["coeff"])) % 4}, r) for c, r in rows],
+                     False, "test").splitlines()
+    assert f"± {error:.2f}" not in unpaired[4]                          # a control
+
+
+@pytest.mark.parametrize("rows, freedom, known", [(2, 4, 3.927), (3, 10, 3.877), (6, 10, 4.912),
+                                                  (10, 18, 5.071)])
+def test_what_can_be_told_apart_is_tukeys(rows, freedom, known):
+    assert linear_eval.studentized_range(rows, freedom) == pytest.approx(known, rel=0.015)
+
+
+def test_rows_are_kept_in_a_file_and_read_again(tmp_path):
+    """With the log of the run; a row is kept once."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"argv": []}\n{"epoch": 1}\n')
+    config = {"script": "byol_disc", "seed": 0, "run_dir": str(tmp_path / "run")}
+    rows, path = [(config, {"linear": 50.0}), ({**config, "seed": 1}, {"linear": 51.0})], (
+        tmp_path / "rows.jsonl")
+    linear_eval.keep(path, rows[:1])
+    linear_eval.keep(path, rows)
+    assert linear_eval.kept_rows(path) == rows
+    assert json.loads(path.read_text().splitlines()[0])["log"] == [{"argv": []}, {"epoch": 1}]
+    for damage in ("[1]\n", "{}\n", "{"):
+        path.write_text(damage)
+        with pytest.raises(UserError, match="rows.jsonl: .*not a file that --keep wrote"):
+            linear_eval.kept_rows(path)
 
 
 def test_table_parts_other_data_and_other_number_formats():
@@ -173,11 +217,12 @@ def test_a_seed_counts_once_in_a_row(capsys):
 def test_the_checksum_is_of_all_images_and_labels(monkeypatch):
     """CRC-32 of the four tensors, in either split of the training images too."""
     parts = {"train": draw_shapes(20, seed=3), "test": draw_shapes(10, seed=4)}
-    monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
-    args = SimpleNamespace(dataset="synthetic", data_dir="")
+    for module in (common, linear_eval):
+        monkeypatch.setattr(module, "load_images", lambda *args: parts[args[2]])
+    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
 
     def data(split="test"):
-        return linear_eval.evaluate(None, args, metrics=[], split=split)["data"]
+        return linear_eval.evaluate(Encoder(8), args, metrics=[], split=split)["data"]
 
     before = data(), data("val")
     assert before[0] == zlib.crc32(b"".join(
@@ -187,7 +232,7 @@ def test_the_checksum_is_of_all_images_and_labels(monkeypatch):
             x.view(-1)[-1] += 1
             assert data() != before[0] and (data("val") != before[1]) == (split == "train")
             x.view(-1)[-1] -= 1
-    assert (data(), data("val")) == before
+    assert (data(), data("val")) == before and common.data_checksum(args) == before[0]
 
 
 def test_an_eval_json_is_compared_with_data_that_can_be_loaded(tmp_path, monkeypatch, capsys):
@@ -196,7 +241,7 @@ def test_an_eval_json_is_compared_with_data_that_can_be_loaded(tmp_path, monkeyp
         loaded.append(args)
         raise UserError("damaged")
     loaded, result = [], {"data": 1}
-    monkeypatch.setattr(linear_eval, "load_images", load_images)
+    monkeypatch.setattr(common, "load_images", load_images)
     args = SimpleNamespace(dataset="cifar10", data_dir=str(tmp_path / "gone"))
     assert linear_eval.answers("run", result, args, None) and not loaded
     args.data_dir = str(tmp_path)
@@ -207,25 +252,6 @@ def test_an_eval_json_is_compared_with_data_that_can_be_loaded(tmp_path, monkeyp
     assert not linear_eval.answers("run", {}, args, str(tmp_path))
     with pytest.raises(UserError, match="damaged"):
         linear_eval.answers("run", result, args, str(tmp_path))
-
-
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_unlabelled_images_are_left_out(split, monkeypatch):
-    """A third of the images has label -1, as in STL-10; the others' labels stay theirs."""
-    images, seen = draw_shapes(90, seed=3)[0], []
-    images[:, 0, 0, 0] = torch.arange(90, dtype=torch.uint8)            # each is recognisable
-    labels = torch.arange(90) % 3 - 1
-    parts = {"train": (images[:60], labels[:60]), "test": (images[60:], labels[60:])}
-    monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
-    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
-    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
-    linear_eval.evaluate(Encoder(8), args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], split)
-    train_x, train_y, test_x, test_y = seen[0]
-    which = torch.cat([train_x, test_x]).round().flatten().long()
-    assert torch.equal(torch.cat([train_y, test_y]), labels[which]) and train_y.min() == 0
-    expected = range(90 if split == "test" else 60)
-    assert sorted(which.tolist()) == [i for i in expected if i % 3 > 0]
-    assert set(test_x.round().flatten().tolist()) <= set(range(60, 90)) or split == "val"
 
 
 def test_split_val_holds_training_images_out(monkeypatch):

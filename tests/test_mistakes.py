@@ -101,11 +101,11 @@ def test_a_mistake_is_one_line_and_writes_no_file(programs, flags, named, tmp_pa
     (lambda path: path.write_bytes(b""), "not a whole file of ours (EOFError"),
     (lambda path: path.write_bytes(b"hello"), "(KeyError: 101)"),
     (lambda path: path.write_bytes(b"PK\3\4 truncated"), "not a whole file of ours"),
-    (foreign({"d": 1}), "it has no config"), (foreign([1]), "it is a list"),
+    (foreign({"d": 1}), "KeyError: 'version'"), (foreign([1]), "AttributeError"),
     (foreign({"config": Pickled()}), "(UnpicklingError: Weights only load failed)"),
-    (foreign({"config": {}}), "it has no version"),
+    (foreign({"config": {}}), "KeyError: 'version'"),
     (foreign({"config": {"version": 2}}), "made with --dataset None, not synthetic"),
-    (lambda path: path.mkdir(), "not a whole file of ours")])
+    (lambda path: path.mkdir(), "Is a directory")])
 def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monkeypatch, capsys):
     """As an EBM, as a checkpoint, and to be evaluated."""
     monkeypatch.chdir(tmp_path)
@@ -115,9 +115,9 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
     (tmp_path / "other").mkdir()
     put(tmp_path / "other" / "checkpoint.pt")
     err = refused(byol_disc, [*FLAGS, "--coeff", "0", "--run-dir", "other"], monkeypatch, capsys)
-    assert "other/checkpoint.pt" in err and (named in err or "it has no done" in err)
+    assert "other/checkpoint.pt" in err and (named in err or "KeyError: 'ranks'" in err)
     err = refused(linear_eval, ["ebm.pt"], monkeypatch, capsys)
-    assert "ebm.pt" in err and (named in err or "it has no ebm" in err)
+    assert "ebm.pt" in err and (named in err or "KeyError: 'data_dir'" in err)
     assert not (tmp_path / "code was run").exists()
 
 
@@ -138,7 +138,7 @@ def test_what_is_only_read_need_not_be_writable(tmp_path, monkeypatch, capsys):
                   lambda: next(run.epochs())):
         with pytest.raises(UserError, match="(run|ebm.ebm): Permission denied; name another"):
             write()
-    accuracies = dict.fromkeys(common.ACCURACIES, 50.0)
+    accuracies = dict.fromkeys(linear_eval.METRICS, 50.0)
     common.write_json(tmp_path / "run" / "eval.json", {**accuracies, "untrained": accuracies})
     with pytest.raises(SystemExit):
         common.Run(args, images, None)

@@ -1091,7 +1091,7 @@ class Training:
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, first, self.config["device"])
-        began = written = time.time()
+        began = written = time.monotonic()
         for start in range(first, total, size):
             end, self.rows = min(start + size, total), []
             yield start, end
@@ -1099,11 +1099,11 @@ class Training:
             text = describe(row)
             if rank() == 0:
                 append(self.path / "log.jsonl", row)
-                if end == total or time.time() > written + CHECKPOINT_SECONDS:
+                if end == total or time.monotonic() > written + CHECKPOINT_SECONDS:
                     save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
                          done=end, **{name: part.state_dict() for name, part in state.items()})
-                    written = time.time()
-            left = (time.time() - began) / (end - first) * (total - end)
+                    written = time.monotonic()
+            left = (time.monotonic() - began) / (end - first) * (total - end)
             show(f"{counter} {end}/{total}  {text}  {timedelta(seconds=round(left))} left")
 
     def log(self, **terms):
@@ -1201,7 +1201,7 @@ class Run(Training):
 
         for _, self.epoch in self.rounds("epoch", args.epochs, 1, describe, state):
             torch.manual_seed(seed_of(args.seed, self.epoch, rank()))
-            self.began, self.lr = time.time(), state["optimizer"].param_groups[0]["lr"]
+            self.began, self.lr = time.monotonic(), state["optimizer"].param_groups[0]["lr"]
             yield self.epoch
 
     def batches(self, images):
@@ -1209,17 +1209,18 @@ class Run(Training):
         size, shuffled = self.args.batch_size, torch.Generator()
         shuffled.manual_seed(seed_of(self.args.seed, self.epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
-        per_epoch, shown = len(images) // size, time.time()
+        per_epoch, shown = len(images) // size, time.monotonic()
         for i, batch in enumerate(order.split(size)[:per_epoch], 1):
             self.step = (self.epoch - 1) * per_epoch + i                  # steps, this one included
             yield images[batch.chunk(world_size())[rank()]]
-            if sys.stdout.isatty() and time.time() > shown + 1:
-                shown = time.time()
+            if sys.stdout.isatty() and time.monotonic() > shown + 1:
+                shown = time.monotonic()
                 show(f"epoch {self.epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
                      f"{self.speed():.0f} images/s", passing=True)
 
     def speed(self):
-        return round(len(self.rows) * self.args.batch_size / (time.time() - self.began), 1)
+        images, seconds = len(self.rows) * self.args.batch_size, time.monotonic() - self.began
+        return round(images / max(seconds, 1e-9), 1)
 
     def stop_if_not_finite(self, row, model):
         """Raise UserError where the epoch's means or the weights after it are not finite."""

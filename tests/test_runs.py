@@ -284,7 +284,7 @@ def test_what_another_process_has_made_meanwhile_is_seen_and_kept(tmp_path):
 
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
     clock, written, write_whole, model = [0.0], [], common.write_whole, torch.nn.Linear(2, 2)
-    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", MADE)

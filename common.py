@@ -71,7 +71,7 @@ def make_parser(doc, training=True):
     add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
         choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
-    add("--data-dir", default="data",
+    add("--data-dir", type=os.path.expanduser, default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
         help="train on this many images; 0: all. The probe has the labels of all")
@@ -86,8 +86,9 @@ def make_parser(doc, training=True):
     add("--smoke", action="store_true",
         help="preset of the flags not given: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
-    add("--ebm", help="its file, made if missing; None: in runs/, by its flags and --seed")
-    add("--ebm-iters", type=number(int, 0), default=4000,
+    add("--ebm", type=os.path.expanduser,
+        help="its file, made if missing; None: in runs/, by its flags and --seed")
+    add("--ebm-iters", type=number(int, 0, 10**9), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
         help="f's negatives: gan, a generator's after five Langevin steps; ade (adversarial "
@@ -103,7 +104,7 @@ def make_parser(doc, training=True):
     add("--schedule", choices=["step", "cosine"], default="step",
         help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
     add("--emb", type=number(int, 1, 2**16), default=64, help="dimension of the embedding z")
-    add("--run-dir", help="where the run is kept; None: in runs/, by its flags")
+    add("--run-dir", type=os.path.expanduser, help="its directory; None: in runs/, by its flags")
     add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
     add("--compile", action="store_true",
         help="encoders and discriminator by torch.compile: minutes to start, then faster steps")

@@ -9,6 +9,7 @@ seed, or their EBM, alone share a row: mean, standard deviation and number of ru
 seeds with the first row's, their paired differences to it follow, with the standard error.
 """
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -196,20 +197,22 @@ def table(rows, untrained, split):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="run directories, files of EBMs")
+    add("paths", nargs="+", type=os.path.expanduser, help="run directories, files of EBMs")
     add("--split", choices=["test", "val"], default="test",
         help="val: a tenth of the training images, held out from the probe, for choosing flags")
     add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
-    add("--data-dir", help="where the images are now; None: where they were")
+    add("--data-dir", type=os.path.expanduser,
+        help="where the images are now; None: where they were")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     set_up(args)
     if world_size() > 1:
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
-    if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
+    paths = [Path(path) for path in args.paths]
+    if missing := [path for path in paths if not path.exists() and path.suffix != ".new"]:
         raise UserError(f"{missing[0]}: there is no such file")
     rows, problems = [], []
-    for path in dict.fromkeys(args.paths):
+    for path in dict.fromkeys(paths):
         made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
         if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
             show(f"{path}: left out, no EBM, no run to evaluate", passing=path.suffix == ".ebm")

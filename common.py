@@ -98,7 +98,7 @@ def make_parser(doc, training=True):
     if not training:
         return parser
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
+    add("--epochs", type=number(int, 1, 10**9), default=1000, help="passes over training images")
     add("--batch-size", type=number(int, 2), default=256, help="images per step, on all devices")
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
     add("--schedule", choices=["step", "cosine"], default="step",
@@ -156,9 +156,12 @@ def parse_flags(parser, argv=None):
 def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
+    name = "-".join([args.script, *differing])
+    if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
+        raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
                  if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
     if "run_dir" in args:
-        args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
+        args.run_dir = args.run_dir or f"runs/{name}"
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
              f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
              f"seed={args.seed}" if args.seed else "", args.ebm_iters]

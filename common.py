@@ -172,21 +172,32 @@ def name_files(parser, args):
 
 def launch(main):
     """Run a script's `main`; a mistake or a signal becomes one line and an exit status."""
-    for stream in (sys.stdout, sys.stderr):                              # print any name and sign
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # it was closed
+        getattr(sys, name).reconfigure(errors="backslashreplace")        # print any name and sign
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if any(w in repr(error) for w in ("MemoryError", "out of memory", "allocate memory")):
+            error = "out of memory; use a smaller --batch-size or --width, or another --device"
+        elif isinstance(error, RuntimeError) and "by peer" in str(error):
+            dist.destroy_process_group()                  # its end at exit can be a crash
+            error = "another rank has ended; its own line says why"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        number, = stopped.args or [signal.SIGINT]
+        signal.signal(number, signal.SIG_DFL)
         print("\nstopped: the same command goes on from the last checkpoint, if any (one a minute)",
-              file=sys.stderr)
-        sys.exit(130)
+              file=sys.stderr, flush=True)
+        os.kill(os.getpid(), number)                      # dies of it, as then bash ends a loop
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -85,7 +86,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     while process.is_alive() and not (log.exists() and '"epoch": 2' in log.read_text()):
         time.sleep(0.002)
     process.terminate()
-    assert processes.wait(process) == 130
+    assert processes.wait(process) == -signal.SIGTERM
     assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
                                              "checkpoint, if any (one a minute)")
     interrupted = weights(tmp_path)

@@ -1043,10 +1043,15 @@ def checksum(*tensors):
 
 def show(line, passing=False):
     """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
-    if rank() == 0 and sys.stdout.isatty():
-        print("\r\033[K" + line, end="" if passing else "\n", flush=True)
-    elif rank() == 0 and not passing:
-        print(line, flush=True)
+    try:
+        if rank() == 0 and sys.stdout.isatty():
+            print("\r\033[K" + line, end="" if passing else "\n", flush=True)
+        elif rank() == 0 and not passing:
+            print(line, flush=True)
+    except OSError as error:                              # its reader has gone, or a disk is full
+        sys.stdout = open(os.devnull, "w")
+        with suppress(OSError):
+            print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
 
 
 # --- Runs: a directory with config.json, log.jsonl and checkpoint.pt --------------------------

@@ -142,8 +142,7 @@ NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every"}    # where
 def parse_flags(parser, argv=None):
     """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
     if parser.parse_known_args(argv)[0].smoke:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
+        parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
     parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
     args = parser.parse_args(argv)
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
@@ -156,10 +155,10 @@ def parse_flags(parser, argv=None):
 def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
+                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
     name = "-".join([args.script, *differing])
     if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
         raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
-                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
     if "run_dir" in args:
         args.run_dir = args.run_dir or f"runs/{name}"
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
@@ -935,6 +934,7 @@ def ebm_config(images, args, *more):
 
 def get_ebm(images, args):
     """The frozen f of the EBM in the file args.ebm; rank 0 trains it first if there is none."""
+    barrier(**ebm_config(images, args))                   # now, as what follows can take long
     if rank() == 0 and not Path(args.ebm).exists():
         train_ebm(images, args)
     barrier()
@@ -1033,7 +1033,8 @@ def same_config(path, saved, wanted):
                             "--run-dir, --ebm or --data-dir, or use the same flags")
 
 
-NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code"}
+NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
+             "done": "another checkpoint"}
 
 
 def checksum(*tensors):
@@ -1108,6 +1109,8 @@ class Training:
         """
         self.hold()
         first = self.restore(state)
+        if self.ranks > 1:
+            barrier(**self.config, done=first)
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, first, self.config["device"])
@@ -1175,6 +1178,7 @@ class Run(Training):
 
     def __init__(self, args, images, evaluate):
         super().__init__(args.run_dir, {**vars(args), "images": checksum(images)})
+        barrier(**self.config)
         self.args, self.evaluate, self.step, self.ranks = args, evaluate, 0, world_size()
         if (self.path / "eval.json").exists():
             result = load(self.path / "eval.json", **ACCURACIES, untrained=ACCURACIES)
@@ -1333,33 +1337,31 @@ def mean_of(rows, ranks=1):
 
 
 def set_up(args):
-    """Join the ranks that torchrun started, if it did, and check the device."""
+    """Check the device; join torchrun's ranks, if any, which wait up to a day for rank 0's EBM."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     started = any(map(os.environ.get, names)) and not dist.is_initialized()
     if started and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=args.device).cpu()
+        there = torch.zeros(1, device=args.device)
+        there.cpu()
+        if there.is_cuda:
+            torch.cuda.set_device(there.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    device = torch.device(args.device) if args.device.startswith("cuda") else None
     try:
         if started:
             number, ranks, _ = (int(os.environ[name]) for name in names[:3])
             if not 0 <= number < ranks:
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            if device:
-                torch.cuda.set_device(device)
-            timeout = timedelta(days=1)                                  # rank 0 may train an EBM
-            dist.init_process_group("nccl" if device else "gloo", timeout=timeout)
+            dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
                         f"torchrun, or unset its variables, {', '.join(names)}") from None
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
-        raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
-                        "leave it out")
-    if device:
+        raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
+    if there.is_cuda:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("highest")           # whatever the environment says
 
@@ -1372,12 +1374,12 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier():
-    """Wait for the other ranks. NCCL is told the device, which it would guess from the rank;
-    naming it in `init_process_group` can hang before PyTorch 2.7.1 (pytorch/pytorch#153960)."""
+def barrier(**config):
+    """Wait for the other ranks; UserError on each where the config of one is not the first's."""
     if dist.is_initialized():
-        nccl = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+        dist.all_gather_object(configs := [config] * world_size(), config)
+        for number, other in enumerate(configs):
+            same_config(f"rank {number}, unlike rank 0", other, configs[0])
 
 
 class Gather(torch.autograd.Function):
@@ -1443,9 +1445,8 @@ def autocast(args):
 
 
 def main():
-    parser = make_parser("Train the EBM alone; the scripts then load it.", training=False)
-    args = parse_flags(parser)
-    if rank() == 0 and Path(args.ebm).exists():
+    args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", training=False))
+    if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
     get_ebm(training_images(args), args)
     show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")

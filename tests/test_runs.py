@@ -287,16 +287,16 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     """By a clock that nobody sets, while that of the wall goes back."""
     clock, written, write_whole, model = [0.0], [], common.write_whole, torch.nn.Linear(2, 2)
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
     monkeypatch.setattr(common.time, "time", lambda: -clock[0])
+    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", MADE)
     for _ in training.rounds("epoch", 10, 1, str, {"model": model}):
         clock[0] += 25
         training.log(loss=torch.tensor(1.0))
     assert written == [75, 150, 225, 250]
-
     assert "epoch 4/10  {'epoch': 4, 'loss': 1.0}  0:02:30 left" in capsys.readouterr().out
+
     monkeypatch.undo()
     before = model.weight.clone()
     training = Training(tmp_path / "again", MADE)
@@ -307,7 +307,6 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     assert torch.equal(model.weight, before) and before.ne(0).all()
 
 
-def test_table_of_runs_and_ebm(whole):
 def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
     monkeypatch.setattr(common.time, "monotonic", lambda: 5.0)
     run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), began=5.0)
@@ -316,6 +315,7 @@ def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
     assert Run.speed(run) == 4.0
 
 
+def test_table_of_runs_and_ebm(whole):
     """The table has what the run said of itself, computed again from its checkpoint."""
     (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
     status, out, err = finish("linear_eval", whole[0], "run", "ebm.pt", "ebm.ebm", "--untrained")

@@ -85,7 +85,7 @@ def make_parser(doc, training=True):
     add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
         choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
-    add("--data-dir", default="data",
+    add("--data-dir", type=os.path.expanduser, default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
         help="train on this many images; 0: all. The probe has the labels of all")
@@ -102,8 +102,9 @@ def make_parser(doc, training=True):
     add("--smoke", action="store_true",
         help="preset of the flags not given: drawn shapes, small networks, minutes on a CPU")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
-    add("--ebm", help="its file, made if missing; None: in runs/, by its flags and --seed")
-    add("--ebm-iters", type=number(int, 0), default=4000,
+    add("--ebm", type=os.path.expanduser,
+        help="its file, made if missing; None: in runs/, by its flags and --seed")
+    add("--ebm-iters", type=number(int, 0, 10**9), default=4000,
         help="training iterations; 0 leaves it untrained, a control")
     add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
         help="f's negatives: gan, a generator's after five Langevin steps; ade (adversarial "
@@ -113,13 +114,13 @@ def make_parser(doc, training=True):
     if not training:
         return parser
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=1000, help="passes over the training images")
+    add("--epochs", type=number(int, 1, 10**9), default=1000, help="passes over training images")
     add("--batch-size", type=number(int, 2), default=256, help="images per step, on all devices")
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
     add("--schedule", choices=["step", "cosine"], default="step",
         help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
     add("--emb", type=number(int, 1, 2**16), default=64, help="dimension of the embedding z")
-    add("--run-dir", help="where the run is kept; None: in runs/, by its flags")
+    add("--run-dir", type=os.path.expanduser, help="its directory; None: in runs/, by its flags")
     add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
     add("--compile", action="store_true",
         help="encoders and discriminator by torch.compile: minutes to start, then faster steps")
@@ -158,8 +159,7 @@ NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager",  
 def parse_flags(parser, argv=None):
     """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
     if parser.parse_known_args(argv)[0].smoke:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{flag: v for flag, v in SMOKE.items() if flag in known})
+        parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
     parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
     args = parser.parse_args(argv)
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
@@ -173,8 +173,11 @@ def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
                  if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
+    name = "-".join([args.script, *differing])
+    if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
+        raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
     if "run_dir" in args:
-        args.run_dir = args.run_dir or "runs/" + "-".join([args.script, *differing])
+        args.run_dir = args.run_dir or f"runs/{name}"
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
              f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
              f"seed={args.seed}" if args.seed else "", args.ebm_iters]
@@ -188,21 +191,32 @@ def name_files(parser, args):
 
 def launch(main):
     """Run a script's `main`; a mistake or a signal becomes one line and an exit status."""
-    for stream in (sys.stdout, sys.stderr):                              # print any name and sign
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # it was closed
+        getattr(sys, name).reconfigure(errors="backslashreplace")        # print any name and sign
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if any(w in repr(error) for w in ("MemoryError", "out of memory", "allocate memory")):
+            error = "out of memory; use a smaller --batch-size or --width, or another --device"
+        elif isinstance(error, RuntimeError) and "by peer" in str(error):
+            dist.destroy_process_group()                  # its end at exit can be a crash
+            error = "another rank has ended; its own line says why"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        number, = stopped.args or [signal.SIGINT]
+        signal.signal(number, signal.SIG_DFL)
         print("\nstopped: the same command goes on from the last checkpoint, if any (one a minute)",
-              file=sys.stderr)
-        sys.exit(130)
+              file=sys.stderr, flush=True)
+        os.kill(os.getpid(), number)                      # dies of it, as then bash ends a loop
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
@@ -1040,7 +1054,14 @@ def same_config(path, saved, wanted):
                             + " and --run-dir" * (flag == "precision"))
 
 
-NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code"}
+def same_on_all_ranks(**config):
+    """UserError on each rank where the config of one is not the first's."""
+    for number, other in enumerate(configs := of_all_ranks(config)):
+        same_config(f"rank {number}, unlike rank 0", other, configs[0])
+
+
+NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
+             "done": "another checkpoint"}
 
 
 def checksum(*tensors):
@@ -1050,10 +1071,15 @@ def checksum(*tensors):
 
 def show(line, passing=False):
     """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
-    if rank() == 0 and sys.stdout.isatty():
-        print("\r\033[K" + line, end="" if passing else "\n", flush=True)
-    elif rank() == 0 and not passing:
-        print(line, flush=True)
+    try:
+        if rank() == 0 and sys.stdout.isatty():
+            print("\r\033[K" + line, end="" if passing else "\n", flush=True)
+        elif rank() == 0 and not passing:
+            print(line, flush=True)
+    except OSError as error:                              # its reader has gone, or a disk is full
+        sys.stdout = open(os.devnull, "w")
+        with suppress(OSError):
+            print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
 
 
 # --- Runs: a directory with config.json, log.jsonl and checkpoint.pt --------------------------
@@ -1111,6 +1137,8 @@ class Training:
         self.hold()
         self.counter, self.total, self.state = counter, total, state
         self.done = self.first = self.restore(state)
+        if self.ranks > 1:
+            same_on_all_ranks(**self.config, done=self.done)
         if rank() == 0:
             write_json(self.path / "config.json", self.config)
             start_log(self.path / "log.jsonl", counter, self.first, self.config["device"])
@@ -1185,6 +1213,7 @@ class Run(Training):
     def __init__(self, args, images, evaluate):
         super().__init__(args.run_dir, {**vars(args), "images": checksum(images),
                                         "computed_in": "bf16" if in_bf16(args) else "fp32"})
+        same_on_all_ranks(**self.config)
         self.args, self.evaluate, self.ranks = args, evaluate, world_size()
         if (self.path / "eval.json").exists():
             with reading(self.path / "eval.json") as result:
@@ -1340,33 +1369,31 @@ def mean_of(rows, ranks=1):
 
 
 def set_up(args):
-    """Join the ranks that torchrun started, if it did, and check the device."""
+    """Check the device; join torchrun's ranks, if any, which wait up to a day for rank 0's EBM."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     started = any(map(os.environ.get, names)) and not dist.is_initialized()
     if started and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=args.device).cpu()
+        there = torch.zeros(1, device=args.device)
+        there.cpu()
+        if there.is_cuda:
+            torch.cuda.set_device(there.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    device = torch.device(args.device) if args.device.startswith("cuda") else None
     try:
         if started:
             number, ranks, _ = (int(os.environ[name]) for name in names[:3])
             if not 0 <= number < ranks:
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            if device:
-                torch.cuda.set_device(device)
-            timeout = timedelta(days=1)                                  # rank 0 may train an EBM
-            dist.init_process_group("nccl" if device else "gloo", timeout=timeout)
+            dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
                         f"torchrun, or unset its variables, {', '.join(names)}") from None
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
-        raise UserError("--compile: gradients of f were seen to be NaN on CPUs with AVX2 alone; "
-                        "leave it out")
-    if device:
+        raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
+    if there.is_cuda:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("highest")           # whatever the environment says
 
@@ -1379,12 +1406,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier():
-    """Wait for the other ranks. NCCL is told the device, which it would guess from the rank;
-    naming it in `init_process_group` can hang before PyTorch 2.7.1 (pytorch/pytorch#153960)."""
+def of_all_ranks(item):
+    """[the item of each rank], for which each waits."""
+    items = [item] * world_size()
     if dist.is_initialized():
-        nccl = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+        dist.all_gather_object(items, item)
+    return items
+
+
+def barrier():
+    """Wait for the other ranks."""
+    of_all_ranks(None)
 
 
 class Gather(torch.autograd.Function):
@@ -1488,12 +1520,13 @@ def autocast(args):
 
 
 def main():
-    parser = make_parser("Train the EBM alone; the scripts then load it.", training=False)
-    args = parse_flags(parser)
-    if rank() == 0 and Path(args.ebm).exists():
+    args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", training=False))
+    if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
+    images = training_images(args)
+    same_on_all_ranks(**ebm_config(images, args))
     if rank() == 0:
-        train_ebm(training_images(args), args)
+        train_ebm(images, args)
     barrier()
     show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")
 

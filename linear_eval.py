@@ -14,6 +14,7 @@ rows. What an eval.json has of other images and labels than those at hand is com
 import argparse
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -318,15 +319,20 @@ def table(rows, untrained, split):
     return "\n".join(lines)
 
 
+def as_path(text):
+    return Path(os.path.expanduser(text))                 # the shell leaves --keep=~/rows.jsonl
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="run directories, EBMs, files that --keep wrote")
-    add("--keep", type=Path, help="a file FILE.jsonl for the rows and their logs")
+    add("paths", nargs="+", type=as_path, help="run directories, EBMs, files that --keep wrote")
+    add("--keep", type=as_path, help="a file FILE.jsonl for the rows and their logs")
     add("--split", choices=["test", "val"], default="test",
         help="val: a tenth of the training images, held out from the probe, for choosing flags")
     add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
-    add("--data-dir", help="where the images are now; None: where they were, if not gone")
+    add("--data-dir", type=os.path.expanduser,
+        help="where the images are now; None: where they were, if not gone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     set_up(args)

@@ -1,5 +1,8 @@
 """Two gloo ranks against one, loss and gradient to 1e-5; and how ranks meet, wait and part."""
+import json
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ import byol_langevin
 import common
 import simclr_disc
 import simclr_langevin
-from common import draw_shapes, nt_xent
+from common import UserError, draw_shapes, nt_xent
 from processes import CONTEXT, wait
 from test_methods import make
 
@@ -52,9 +55,13 @@ def everything():
     return [contrast(x[share]), *(step(script, images[share]) for script in SCRIPTS)]
 
 
-def work(rank, folder, cut):
+def meet(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+def work(rank, folder, cut):
+    meet(rank, folder)
     if cut:
         def gather_without_gradient(x):
             parts = [torch.empty_like(x) for _ in range(2)]
@@ -70,11 +77,16 @@ def work(rank, folder, cut):
     dist.destroy_process_group()
 
 
-def on_two_ranks(folder, cut=False):
-    ranks = [CONTEXT.Process(target=work, args=(rank, folder, cut)) for rank in range(2)]
+def both(work, *args):
+    """The exit statuses of the two ranks' work."""
+    ranks = [CONTEXT.Process(target=work, args=(rank, *args)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    assert [wait(rank) for rank in ranks] == [0, 0]
+    return [wait(rank) for rank in ranks]
+
+
+def on_two_ranks(folder, cut=False):
+    assert both(work, folder, cut) == [0, 0]
     return torch.load(folder / "results")
 
 
@@ -100,31 +112,126 @@ def test_a_gather_without_gradient_is_noticed(one_rank, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-5) for (a, _), (b, _) in zip(one_rank, cut))
 
 
+def slowly(function):
+    def call(*args, **kwargs):
+        time.sleep(0.2)
+        return function(*args, **kwargs)
+    return call
+
+
+def a_run(folder):
+    """(seed, [share of a batch]) of this rank in a run of an epoch, of which the first alone may
+    make anything, and takes its time."""
+    sys.argv = ["byol_langevin.py", "--dataset", "synthetic", "--width", "8", "--ebm-iters", "0",
+                "--steps", "1", "--epochs", "1", "--batch-size", "4", "--precision", "fp32",
+                "--run-dir", f"{folder}/run", "--ebm", f"{folder}/ebm.pt"]
+    args, images, shares = byol_langevin.parse(), draw_shapes(10, seed=3)[0], []
+    accuracies = dict.fromkeys(["linear", "knn5", "knn_cosine"], 50.0)
+    run = common.Run(args, images, slowly(lambda *_, **__: {**accuracies, "untrained": accuracies}))
+    if common.rank() > 0:
+        common.train_ebm = common.write_whole = common.append = run.evaluate = run.lock = None
+    common.train_ebm, common.chain_end = slowly(common.train_ebm), slowly(common.chain_end)
+    f = run.get_ebm(images)
+    run.save_chain(f, images)
+    run.chain_ends(f, images)
+    model = torch.nn.Linear(1, 1)
+    for epoch in run.epochs(model=model, optimizer=torch.optim.SGD(model.parameters())):
+        seed = torch.initial_seed()
+        for x in run.batches(images, epoch):
+            shares.append(x)
+            run.log(loss=x.float().mean(), z_std=torch.tensor(1.0))
+    run.finish(None)
+    assert Path(folder, "run", "eval.json").exists()
+    return seed, shares
+
+
+def run_on_a_rank(rank, folder):
+    meet(rank, folder)
+    torch.save(a_run(folder), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_make_one_run(tmp_path, monkeypatch):
+    """Each with its half of every batch and views of its own; the log has the mean over both."""
+    monkeypatch.setattr(sys, "argv", [])
+    for name in ("train_ebm", "chain_end"):
+        monkeypatch.setattr(common, name, getattr(common, name))
+    (tmp_path / "one").mkdir()
+    (_, whole), loss = a_run(tmp_path / "one"), []
+    assert both(run_on_a_rank, tmp_path) == [0, 0]
+    (seed_0, shares_0), (seed_1, shares_1) = (torch.load(tmp_path / name) for name in "01")
+    assert seed_0 != seed_1
+    assert [len(x) for x in whole + shares_0 + shares_1] == [4, 4, 2, 2, 2, 2]
+    assert all(map(torch.equal, whole, map(torch.cat, zip(shares_0, shares_1))))
+    assert len(torch.cat(whole).unique(dim=0)) == 8
+    for log in ("one/run/log.jsonl", "run/log.jsonl"):
+        _, row = map(json.loads, (tmp_path / log).read_text().splitlines())
+        loss.append(row["loss"])
+    means = [torch.cat(shares).float().mean().item() for shares in (whole, shares_0, shares_1)]
+    assert loss == pytest.approx([means[0]] * 2) and min(abs(loss[0] - m) for m in means[1:]) > 0.1
+
+
+def test_cuda_ranks_normalise_by_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: ("ddp", model))
+    for on_cuda in (True, False):
+        model = make(simclr_disc)
+        names = [name for name, _ in model.named_parameters()]
+        monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(is_cuda=on_cuda)]))
+        ddp, within = common.distribute(model)
+        kinds = {type(m) for m in within.modules() if isinstance(
+            m, torch.nn.modules.batchnorm._BatchNorm)}
+        assert ddp == "ddp" and (kinds == {torch.nn.SyncBatchNorm}) == on_cuda and kinds
+        assert names == [name for name, _ in within.named_parameters()]
+
+
 def test_cuda_ranks_name_their_device(monkeypatch):
     calls = []
-    for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
-        monkeypatch.setenv(name, value)
+
+    def zeros(_, device):
+        device = torch.device("cuda:0" if device == "cuda" else device)
+        return SimpleNamespace(device=device, is_cuda=device.type == "cuda", cpu=lambda: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))        # is there
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for device in ("cuda:1", "cuda", "cpu"):                                     # on one rank
+        common.set_up(SimpleNamespace(device=device))
+    assert calls == [torch.device("cuda:1"), torch.device("cuda:0")]
+    for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
     args = SimpleNamespace(device="cuda")
     common.set_up(args)
     assert args.device == "cuda:1"
-    assert calls == [torch.device("cuda:1"), "nccl"]
+    assert calls[2:] == [torch.device("cuda:1"), "nccl"]
     args = SimpleNamespace(device="cpu")
     common.set_up(args)
-    assert args.device == "cpu" and calls[2:] == ["gloo"]
+    assert args.device == "cpu" and calls[4:] == ["gloo"]
 
 
-def test_nccl_is_told_its_device_at_a_barrier(monkeypatch):
-    told = []
+def test_ranks_that_differ_are_told_so_wherever_they_meet(tmp_path, monkeypatch):
+    """In their flags or images; in an EBM's, when it is made alone; in f, or in a checkpoint."""
+    def gather(into, config):
+        into[:] = [config, config | {name: 1 for name in differing if name in config}]
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    for backend in ("nccl", "gloo"):
-        monkeypatch.setattr(dist, "get_backend", lambda: backend)
-        common.barrier()
-    assert told == [[3], None]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(common, "train_ebm", None)                               # is not begun
+    monkeypatch.setattr(sys, "argv", ["byol_disc.py", "--dataset", "synthetic", "--run-dir",
+                                      str(tmp_path / "run"), "--ebm", str(tmp_path / "ebm.pt")])
+    args, images, differing = byol_disc.parse(), draw_shapes(4, seed=3)[0], ["device", "data_dir"]
+    run = common.Run(args, images, None)
+    run.config["f"] = 0
+    monkeypatch.setattr(sys, "argv", ["common.py", "--dataset", "synthetic", "--subset", "4",
+                                      "--ebm", str(tmp_path / "ebm.pt")])
+    for differing, name, there in [
+            (["seed"], "--seed 1, not 0", lambda: common.Run(args, images, None)),
+            (["images"], "other images", lambda: common.Run(args, images, None)),
+            (["images"], "other images", common.main),
+            (["f"], "another EBM", lambda: next(run.epochs())),
+            (["done"], "another checkpoint", lambda: next(run.epochs()))]:
+        with pytest.raises(UserError, match=f"rank 1, unlike rank 0: made with {name}; name"):
+            there()
 
 
 def test_the_ranks_part_at_the_end(monkeypatch):

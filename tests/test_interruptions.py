@@ -2,14 +2,18 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 import common
 from common import UserError
+from conftest import ROOT
 from processes import run, start, wait
 
 RUN = ["--run-dir", "run"]
@@ -26,6 +30,35 @@ def tensors(directory):
 def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+def in_a_loop(command):
+    """What a bash loop prints of two commands, the first stopped by Ctrl-C, and the loop's end.
+
+    As on a terminal the signal goes to bash too, and bash lets what the command does decide.
+    """
+    bash = subprocess.Popen(
+        ["bash", "-c", f"for i in 1 2; do {sys.executable} -c '{command}' $i 2>&1; done"],
+        cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+    first = bash.stdout.readline()
+    os.killpg(bash.pid, signal.SIGINT)
+    return first + bash.communicate(timeout=120)[0], bash.returncode
+
+
+MAIN = """
+def main():
+    print("begun", flush=True)
+    time.sleep(60 if sys.argv[1] == "1" else 0)
+"""
+
+
+def test_ctrl_c_ends_a_loop_of_runs():
+    said, status = in_a_loop(f"import sys, time, common{MAIN}\ncommon.launch(main)")
+    assert said.startswith("begun\n\nstopped: the same command goes on") and said.count("\n") == 3
+    assert status == -signal.SIGINT
+    exits = "\ntry:\n  main()\nexcept KeyboardInterrupt:\n  sys.exit(130)"
+    assert in_a_loop(f"import sys, time{MAIN}{exits}") == ("begun\nbegun\n", 0)     # a control
 
 
 @contextmanager

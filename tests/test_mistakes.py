@@ -2,6 +2,7 @@
 import io
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ CASES = [
     (TRAINING, "--run-dir file", "file: File exists; name another"),
     (TRAINING, f"--run-dir {256 * 'x'}", "File name too long"),
     (ALL, f"--ebm {252 * 'x'}.pt", "File name too long"),
-    (TRAINING, f"--epochs {10 ** 250}", "File name too long"),
+    (TRAINING, f"--batch-size {10 ** 250}", "--run-dir: too many flags to name it by"),
+    (TRAINING, f"--epochs {10 ** 10}", "--epochs"), (ALL, f"--ebm-iters {10 ** 10}", "--ebm-iters"),
     (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 513", "size 513"),
     (TRAINING, "--lr inf", "--lr"), (TRAINING, "--lr -1", "--lr"), (TRAINING, "--emb 0", "--emb"),
     (TRAINING, "--coeff -0.1", "--coeff"), (TRAINING, "--coeff nan", "--coeff"),
@@ -160,6 +162,102 @@ def test_half_a_torchrun_is_one_line(environment, tmp_path, monkeypatch, capsys)
         monkeypatch.setenv(name, value)
     err = refused(byol_disc, FLAGS, monkeypatch, capsys)
     assert "start with torchrun, or unset its variables" in err
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_default_name_may_have_255_bytes(script, monkeypatch):
+    for length in (255, 256):
+        flags = ["--batch-size", "1" + (length - len(f"{script.__name__}-batch_size=1")) * "0"]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+        with pytest.raises(UserError, match="name one") if length > 255 else nullcontext():
+            assert len(Path(script.parse().run_dir).name) == length
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags, "--run-dir", "run"])
+        assert script.parse().run_dir == "run"
+
+
+TILDES = {"~/a~.pt": "/home/a~.pt", "~nobody-here/a.pt": "~nobody-here/a.pt", "a/~.pt": "a/~.pt"}
+
+
+@pytest.mark.parametrize("program", ALL)
+@pytest.mark.parametrize("given", TILDES)
+def test_every_path_may_begin_with_a_tilde(program, given, monkeypatch):
+    """Which no shell expands after a `=`."""
+    monkeypatch.setenv("HOME", "/home")
+    names = ["ebm", "data_dir", *["run_dir"] * (program is not common)]
+    flags = [f"--{name.replace('_', '-')}={given}" for name in names]
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
+    args = vars(common.parse_flags(common.make_parser("", training=False)) if program is common
+                else program.parse())
+    assert [args[name] for name in names] == [TILDES[given]] * len(names)
+
+
+def test_so_may_those_of_linear_eval(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(linear_eval, "evaluate_ebm",
+                        lambda path, flags: seen.append((str(path), flags.data_dir)) or [])
+    (tmp_path / "a.pt").touch()
+    err = refused(linear_eval, ["~/a.pt", "--data-dir=~/data"], monkeypatch, capsys)
+    assert err == "error: nothing to evaluate\n"
+    assert seen == [(f"{tmp_path}/a.pt", f"{tmp_path}/data")]
+    assert "~nobody-here: there is no such" in refused(
+        linear_eval, ["~nobody-here"], monkeypatch, capsys)
+
+
+def broken_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+OUTPUTS = [lambda: open(os.devnull, "w"), lambda: None, lambda: open("/dev/full", "w"), broken_pipe]
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("error", [None, *OUTPUTS])
+def test_training_outlives_its_output(out, error, monkeypatch, capsys):
+    """Closed, on a full disk, or without a reader: a line says so, if it can, and no more."""
+    shown = []
+    monkeypatch.setattr(sys, "stdout", out())
+    if error:
+        monkeypatch.setattr(sys, "stderr", error())
+    at_exit = sys.stdout
+
+    def main():
+        for _ in range(3):
+            common.show("a line")
+            shown.append(sys.stdout)
+    common.launch(main)
+    assert len(shown) == 3 and not sys.stdout.isatty()
+    sys.stdout.flush()                                  # as Python does when it ends
+    failing = out in OUTPUTS[2:]
+    assert capsys.readouterr().err.count("going on without it\n") == (failing and not error)
+
+
+def failure(kind, said=""):
+    def main():
+        raise kind(said)
+    return main
+
+
+@pytest.mark.parametrize("main", [
+    lambda: torch.empty(10 ** 14), lambda: bytearray(10 ** 15),
+    failure(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB."),
+    failure(RuntimeError, "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")])
+def test_a_full_memory_is_one_line(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        common.launch(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: out of memory; use a smaller --batch-size or --width, or another --device\n")
+
+
+@pytest.mark.parametrize("main", [
+    failure(RuntimeError, "CUDA error: an illegal memory access was encountered"),
+    lambda: torch.ones(2) + torch.ones(3), failure(KeyError), failure(AssertionError)])
+def test_a_slip_of_the_code_shows_its_traceback(main):
+    with pytest.raises((RuntimeError, KeyError, AssertionError)):
+        common.launch(main)
 
 
 def test_no_character_stops_the_output(monkeypatch):

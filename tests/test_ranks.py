@@ -31,8 +31,8 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
     (killed / "ebm.pt").write_bytes((whole / "ebm.pt").read_bytes())
     both = ranks(script, killed, *flags, moments=(second_epoch, None))
     assert wait(both[0]) == -9
-    both[1].kill()
-    wait(both[1])
+    assert wait(both[1]) == 2
+    assert (killed / "err").read_text() == "error: another rank has ended; its own line says why\n"
     saved = torch.load(killed / "run" / "checkpoint.pt", weights_only=True)
     assert saved["done"] == 1 and saved["ranks"] == 2
     assert [wait(rank) for rank in ranks(script, killed, *flags)] == [0, 0]
@@ -40,6 +40,17 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
                          for directory in (whole, killed))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert not all(torch.equal(expected[name], saved["model"][name]) for name in expected)
+
+
+@pytest.mark.parametrize("own, lines", [
+    ((["--subset", "32"], []), 2 * ["error: rank 1, unlike rank 0: made with --subset 64, not 32"]),
+    (([], ["--dataset", "folder"]), ["error: --data-dir data: has no train/<class>/*",
+                                     "error: another rank has ended; its own line says why"])])
+def test_a_mistake_on_one_rank_ends_both_at_once(own, lines, tmp_path):
+    assert [wait(rank) for rank in ranks("common", tmp_path, own=own)] == [2, 2]
+    said = sorted((tmp_path / "err").read_text().splitlines())
+    assert len(said) == 2 and all(map(str.startswith, said, lines)), said
+    assert not (tmp_path / "ebm.ebm").exists()
 
 
 def test_the_ebm_alone_on_two_ranks(tmp_path):

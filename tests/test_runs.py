@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,7 +91,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     while process.is_alive() and not (log.exists() and '"epoch": 2' in log.read_text()):
         time.sleep(0.002)
     process.terminate()
-    assert processes.wait(process) == 130
+    assert processes.wait(process) == -signal.SIGTERM
     assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
                                              "checkpoint, if any (one a minute)")
     interrupted = weights(tmp_path)
@@ -506,9 +507,11 @@ def test_what_another_process_has_made_meanwhile_is_seen_and_kept(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):
+    """By a clock that nobody sets, while that of the wall goes back."""
     clock, written, write_whole, model = [0.0], [], common.write_whole, torch.nn.Linear(2, 2)
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common.time, "time", lambda: -clock[0])
     monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
                         if path.name == "checkpoint.pt" else write_whole(path, fill))
     training = Training(tmp_path / "run", MADE)
@@ -517,6 +520,7 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
         training.log(loss=torch.tensor(1.0))
         training.keep(training.means(), "")
     assert written == [75, 150, 225, 250]
+    assert "epoch 4/10    0:02:30 left" in capsys.readouterr().out
 
     monkeypatch.undo()
     before = model.weight.clone()
@@ -527,6 +531,14 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
     model.weight.data.zero_()
     assert Training(tmp_path / "again", MADE).restore({"model": model}) == 2
     assert torch.equal(model.weight, before) and before.ne(0).all()
+
+
+def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
+    monkeypatch.setattr(common.time, "monotonic", lambda: 5.0)
+    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), began=5.0)
+    assert Run.speed(run) > 1e6
+    run.began = 3.0
+    assert Run.speed(run) == 4.0
 
 
 def test_table_of_runs_and_ebm(whole):

@@ -34,7 +34,6 @@ from PIL import Image, ImageOps
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
-from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
 # --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
@@ -51,7 +50,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        hint = "use --dataset folder" if "'stl10'" in message else "see --help"
+        raise UserError(f"{message}; {hint}")
 
 
 def number(kind, low, high=math.inf):
@@ -70,7 +70,7 @@ def make_parser(doc, training=True):
     parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]")
     add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
-        choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
+        choices=["cifar10", "cifar100", "folder", "synthetic"])
     add("--data-dir", default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
@@ -193,31 +193,24 @@ def launch(main):
 def load_images(dataset, data_dir, split):
     """Load the "train" or "test" split of a data set.
 
-    Returns uint8 images (N, 3, 32, 32) and int64 labels (N,), -1 where there is none (STL-10's
-    unlabelled part). Raises UserError where the data cannot be had or read.
+    Returns uint8 images (N, 3, 32, 32), int64 labels (N,). UserError where they cannot be had.
     """
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    parts = {"train": "train+unlabeled", "test": "test"} if dataset == "stl10" else {
-        "train": True, "test": False}
     try:
         source = getattr(torchvision.datasets, dataset.upper())
         try:
-            data = source(data_dir, parts[split])
+            data = source(data_dir, split == "train")
         except RuntimeError:                                         # it is not there
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(Path(data_dir) / f"{dataset}.lock"):       # several ranks or runs may ask
-                data = source(data_dir, parts[split], download=True)
-    except (AttributeError, OSError, RuntimeError) as error:
+                data = source(data_dir, split == "train", download=True)
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
-    images = torch.from_numpy(data.data)
-    if dataset == "stl10":
-        images = torch.cat([TF.resize(x, [32, 32]) for x in images.split(1000)])
-        return images, torch.as_tensor(data.labels, dtype=torch.int64)
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):

@@ -101,8 +101,8 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
     data = []
     for images, labels in (train, test):
         with autocast(args):
-            data.append(extract_features(encoder, images[labels >= 0], encode))
-        data.append(labels[labels >= 0].to(args.device))
+            data.append(extract_features(encoder, images, encode))
+        data.append(labels.to(args.device))
     result = {metric: METRICS[metric](*data) for metric in metrics}
     if untrained:
         torch.manual_seed(args.seed)

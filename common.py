@@ -289,29 +289,30 @@ def draw_shapes(n, seed):
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g).double()
 
-    v, u = torch.meshgrid(*2 * [torch.linspace(-1, 1, 32)], indexing="ij")         # (32, 32)
+    u = torch.linspace(-1, 1, 32, dtype=torch.float64)[None]                       # (1, 32)
     toward, phase = uniform(0, 2 * math.pi, 1), uniform(0, 2 * math.pi, 1)
-    hue = 4 * (toward.cos() * u + toward.sin() * v) + phase                        # (n, 1, 32, 32)
+    hue = 4 * (toward.cos() * u + toward.sin() * u.T) + phase                      # (n, 1, 32, 32)
     hue = hue + 2 * math.pi * torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]
     paper = uniform(0.45, 0.55, 1) + 0.1 * hue.cos()                               # (n, 3, 32, 32)
     tilt, size = uniform(-0.4, 0.4), 2.6 * uniform(0.2, 0.35)
-    u, v = ((tilt.cos() * u - tilt.sin() * v) / size + uniform(0, 2),
-            (tilt.sin() * u + tilt.cos() * v) / size + uniform(0, 2))              # in tiles
+    u, v = ((tilt.cos() * u - tilt.sin() * u.T) / size + uniform(0, 2),
+            (tilt.sin() * u + tilt.cos() * u.T) / size + uniform(0, 2))            # in tiles
     ink = torch.where((u.floor() + v.floor()) % 2 == 0, 0.35, -0.35)               # light, dark
     u, v = 2.6 * (u % 1 - 0.5), 2.6 * (v % 1 - 0.5)                                # within a tile
     r, x, y = u.hypot(v), u.abs(), v.abs()
     low, high = torch.minimum(x, y), torch.maximum(x, y)
     diagonal = torch.minimum((u - v).abs(), (u + v).abs())
-    shapes = [1 - r, 0.25 - (r - 0.7).abs(), 0.85 - high, 0.2 - (high - 0.65).abs(),
-              torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
-              torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
-              torch.minimum(1 - x, 0.4 - y), u * v]                                # > 0 inside
     label = torch.randint(10, (n,), generator=g)
-    shape = torch.stack(shapes, 1)[torch.arange(n), label]                         # (n, 32, 32)
-    image = paper + (ink * (12 * shape).sigmoid())[:, None]
-    image = image + 0.2 * torch.randn(image.shape, generator=g)
+    shape = sum((label == k)[:, None, None] * inside for k, inside in enumerate([  # > 0 inside
+        1 - r, 0.25 - (r - 0.7).abs(), 0.85 - high, 0.2 - (high - 0.65).abs(),
+        torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
+        torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
+        torch.minimum(1 - x, 0.4 - y), u * v]))                                    # (n, 32, 32)
+    a, b = torch.rand(n, 192, 2, 8, generator=g).double().split(1, 2)              # randn's own
+    noise = (-2 * (1 - a).log()).sqrt() * (2 * math.pi * torch.cat([b, b - 0.25], 2)).cos()
+    image = paper + (ink * (12 * shape).sigmoid())[:, None] + 0.2 * noise.view(paper.shape)
     return (image.clamp(0, 1) * 255).round().byte(), label
 
 

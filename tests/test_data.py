@@ -1,4 +1,5 @@
 """Image folders, drawn shapes, subsets."""
+import os
 import shutil
 import struct
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import (UserError, draw_shapes, load_images, make_parser, parse_flags, read_image,
-                    training_images)
+from common import (UserError, checksum, draw_shapes, load_images, make_parser, parse_flags,
+                    read_image, training_images)
+from processes import CONTEXT
 
 
 def write(path, pixels):
@@ -182,10 +184,45 @@ def test_folder_names_what_is_wrong(folder):
 
 
 def test_shapes_are_deterministic_and_differ_by_split():
-    again = load_images("synthetic", "", "train")
+    again = load_images("synthetic", "data", "train")
     assert torch.equal(draw_shapes(100, seed=0)[0], draw_shapes(100, seed=0)[0])
     assert not torch.equal(draw_shapes(100, seed=0)[0], draw_shapes(100, seed=1)[0])
     assert again[0].shape == (5000, 3, 32, 32) and again[1].unique().tolist() == list(range(10))
+
+
+def draw(capability, path):
+    """What a CPU of this capability draws, and its randn; in a process of its own."""
+    os.environ["ATEN_CPU_CAPABILITY"] = capability
+    torch.set_num_threads(1)
+    noise = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    torch.save([torch.backends.cpu.get_cpu_capability(), checksum(draw_shapes(200, seed=0)[0]),
+                noise], path)
+
+
+def test_shapes_do_not_depend_on_the_cpu(tmp_path):
+    processes = [CONTEXT.Process(target=draw, args=(capability, tmp_path / capability))
+                 for capability in ("default", "avx2")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    plain, avx2 = (torch.load(tmp_path / capability) for capability in ("default", "avx2"))
+    assert plain[1] == avx2[1] == checksum(draw_shapes(200, seed=0)[0]) == 689802140
+    assert plain[0] == "DEFAULT" and (plain[0] == avx2[0] or not torch.equal(plain[2], avx2[2]))
+
+
+def test_the_noise_of_shapes_is_that_of_randn():
+    """Without it a pixel's channels differ by no more than the hues of the paper."""
+    (images, labels), g = draw_shapes(100, seed=5), torch.Generator().manual_seed(5)
+    torch.rand(700, generator=g)                                        # seven nuisances
+    assert torch.equal(labels, torch.randint(10, (100,), generator=g))
+    noise, seen = 0.2 * torch.randn(images.shape, generator=g), (images % 255 > 0).all(1)
+
+    def spread(noise):
+        clean = images / 255 - noise
+        return (clean.amax(1) - clean.amin(1))[seen].max().item()
+
+    assert spread(noise) < 0.1 * 3 ** 0.5 + 1 / 255 and spread(noise.roll(1, 0)) > 0.5
 
 
 def test_subset_does_not_depend_on_the_seed():

@@ -266,13 +266,15 @@ def read_image(path):
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
-            bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]        # as a TIFF says, or 16
-            gray = np.asarray(image) * (255 / (2 ** bits - 1))
+            tags = getattr(image, "tag_v2", {258: (16,), 262: 1})    # a TIFF's bits, black is 0
+            gray, bits = np.asarray(image), tags[258][0]
             if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F"
                     or bits > 16 or gray.min() < 0):
                 raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; "
                                  "save it with 8 or 16 bits")
-            image = Image.fromarray(gray.round().astype(np.uint8))
+            alpha = 255 * (gray != image.info.get("transparency"))
+            gray = np.abs(255 * (not tags.get(262)) - gray * (255 / (2 ** bits - 1)))
+            image = Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
         image = image.convert("RGBA")
     except Exception as error:                            # PIL raises of many kinds on bad files
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None

@@ -74,8 +74,14 @@ RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     (lambda p: p.write_bytes(b"P5\n64 64\n1023\n" + (RAMP / 64.1).astype(">u2").tobytes()), 1),
     (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "PNG"), 1),
     (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "TIFF"), 1),
-    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(p, "PNG"), 1),       # a control
-], ids=["16-bit PGM", "10-bit PGM", "16-bit PNG", "16-bit TIFF", "8-bit PNG"])
+    (lambda p: Image.fromarray(RAMP.astype(">u2")).save(p, "TIFF"), 1),
+    (lambda p: Image.fromarray((65535 - RAMP).astype(np.uint16)).save(
+        p, "TIFF", tiffinfo={262: 0}), 1),
+    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(p, "PNG"), 1),       # controls
+    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(
+        p, "TIFF", tiffinfo={262: 0}), 1),
+], ids=["16-bit PGM", "10-bit PGM", "16-bit PNG", "16-bit TIFF", "16-bit big-endian TIFF",
+        "16-bit TIFF, 0 is white", "8-bit PNG", "8-bit TIFF, 0 is white"])
 def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolerance):
     """A ramp from black to white stays one, of any number of bits."""
     path = tmp_path / "ramp.png"                                        # its content decides
@@ -84,6 +90,19 @@ def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolera
         (32, 32), Image.Resampling.BICUBIC)).astype(int)
     for channel in read_image(path).numpy().astype(int).transpose(2, 0, 1):
         assert np.abs(channel - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
+def test_the_gray_value_that_a_png_calls_transparent_is_white(tmp_path, dtype):
+    """That one alone, not its neighbour, which may have the same 8 bits."""
+    gray = np.repeat(np.array([100, 101], dtype), 16 * 32).reshape(32, 32)
+    gray = gray + dtype(25600 if dtype == np.uint16 else 0)
+    for value, expected in [(gray[0, 0], [255, gray[31, 0]]), (gray[31, 0], [gray[0, 0], 255]),
+                            (7, [gray[0, 0], gray[31, 0]])]:
+        Image.fromarray(gray).save(tmp_path / "gray.png", transparency=int(value))
+        image = read_image(tmp_path / "gray.png")
+        shown = [x if x == 255 or dtype == np.uint8 else round(x / 257) for x in expected]
+        assert [image[0].unique().tolist(), image[31].unique().tolist()] == [[x] for x in shown]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.int16])

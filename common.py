@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import lru_cache, partial, reduce
 from io import BytesIO
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
 from torchvision.utils import save_image
 
@@ -216,44 +216,50 @@ def load_images(dataset, data_dir, split):
 def read_folder(root, split):
     """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
 
-    What is hidden is left out; so are files of no class or not named like an image, and a printed
-    line says so.
+    Each is read once, whatever links lead to it. What is hidden or a system's own is left out; so
+    are files of no class or not named like an image, and a printed line says so.
     """
-    train, known, others = root / "train", Image.registered_extensions(), []
-
-    def subfolders(directory):
-        return sorted(path.name for path in directory.glob("[!.]*") if path.is_dir())
-
-    def is_image(path):
-        path = Path(path)
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.suffix.lower() not in known and not hidden:
-            others.append(path)
-        return path.suffix.lower() in known and not hidden
-
-    classes = {name: label for label, name in enumerate(subfolders(train))}
-    if not classes:
-        raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    if more := set(subfolders(root / split)) - set(classes):
-        raise UserError(f"{root / split / min(more)}: no such class in {train}; remove it")
-    files = make_dataset(root / split, classes, is_valid_file=is_image, allow_empty=True)
-    others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
-    found = {label for _, label in files}
-    empty = [name for name, label in classes.items() if label not in found]
-    if empty and (split == "train" or not files):
-        folder = train / empty[0] if split == "train" else root / split
-        raise UserError(f"{folder}: has no image of a class; add some, or remove it")
+    try:
+        classes, (_, images, others) = find_images(root / "train")[0], find_images(root / split)
+    except OSError as error:
+        raise UserError(f"--data-dir {root}: all of {split}/<class>/* is needed: {error}") from None
+    if odd := (classes.keys() or {"<class>"}) ^ {name for _, name in images}:
+        raise UserError(f"{root / split / min(odd)}: a class needs images in train/ (and test/)")
     if others:
-        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0]}, ...")
-
+        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0][0]}, ... "
+             "(or read already)")
+    files = sorted((classes[name], os.path.split(path), path) for path, name in images)
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
-        images = torch.stack(list(threads.map(read_image, [path for path, _ in files])))
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+        images = list(threads.map(read_image, [path for _, _, path in files]))
+    return (torch.stack(images).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor([label for label, _, _ in files]))
+
+
+def find_images(directory):
+    """({class: label}, images, others) of directory/<class>/**, as [(path, class)], each met once.
+
+    Raises OSError where a path cannot be read, UserError where links give it two classes.
+    """
+    skip = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+    known, folders, images, others = Image.registered_extensions(), [(directory, None)], [], []
+    above = Path(os.path.realpath(directory)).parents
+    seen = {x.stat()[1:3]: (x, None) for x in (directory, *above) if os.path.exists(x)}
+    for folder, of in folders:                            # which grow meanwhile
+        for path in sorted(x for x in folder.iterdir() if not x.name.startswith(skip)):
+            name, place = of or normalize("NFC", path.name), path.stat()[1:3]      # inode, device
+            is_image = of and path.is_file() and path.suffix.lower() in known
+            new = path.is_dir() or is_image
+            first, owner = seen.setdefault(place, (path, name)) if new else (None, name)
+            if owner != name:
+                raise UserError(f"{path}: is {first} too, of another class; leave one out")
+            (others if first is not path else images if is_image else folders).append((path, name))
+    names = dict.fromkeys(name for _, name in folders[1:])
+    return {name: label for label, name in enumerate(names)}, images, others
 
 
 def has_test(args):
-    return args.dataset != "folder" or (Path(args.data_dir) / "test").is_dir()
+    return args.dataset != "folder" or os.path.lexists(Path(args.data_dir) / "test")
 
 
 def read_image(path):

@@ -1,7 +1,11 @@
 """Image folders, drawn shapes, subsets."""
 import os
+import resource
 import shutil
+import socket
 import struct
+import unicodedata
+from contextlib import contextmanager
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -11,8 +15,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import (UserError, checksum, draw_shapes, load_images, make_parser, parse_flags,
-                    read_image, training_images)
+from torchvision.datasets.folder import make_dataset
+
+from common import (UserError, checksum, draw_shapes, has_test, load_images, make_parser,
+                    parse_flags, read_image, training_images)
 from processes import CONTEXT
 
 
@@ -64,6 +70,134 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
     assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
     assert "2 left out, no images of a class: " in capsys.readouterr().out
+
+
+def test_the_order_is_torchvisions(tmp_path):
+    """Class by class, its folders as strings, then their files; each image says which it is."""
+    paths = [tmp_path / "train" / c / sub / name for c in ("b", "a", "a-b", "Z")
+             for sub in ("", "sub", "sub-x", "sub/y", "0") for name in ("9.png", "10.PNG", "B.png")]
+    for i, path in enumerate(paths):
+        write(path, np.full((32, 32), i, np.uint8))
+    classes = {"Z": 0, "a": 1, "a-b": 2, "b": 3}
+    expected = make_dataset(tmp_path / "train", classes, extensions=(".png",))
+    images, labels = load_images("folder", tmp_path, "train")
+    ours = [(str(paths[i]), label) for i, label in zip(images[:, 0, 0, 0], labels.tolist())]
+    assert ours == expected and len(ours) == 60
+    assert ours != sorted(expected, key=lambda item: item[0].split("/"))               # a control
+
+
+def test_a_file_or_folder_is_read_once(folder, capsys):
+    apple, elsewhere = folder / "train" / "apple", folder / "elsewhere"
+    write(elsewhere / "sub" / "60.png", np.full((9, 9), 60, np.uint8))
+    write(elsewhere / "61.png", np.full((9, 9), 61, np.uint8))
+    (apple / "more").symlink_to(elsewhere / "sub")                      # both are read
+    (apple / "more.png").symlink_to("../../elsewhere/61.png")
+    (elsewhere / "sub" / "back").symlink_to(apple)
+    for name in ("self", "again"):
+        (apple / name).symlink_to(".")
+    (apple / "zero.png").symlink_to("0.png")
+    os.link(apple / "1.png", apple / "one.png")
+    (folder / "train" / "pear").rename(folder / "pears")
+    (folder / "train" / "pear").symlink_to("../pears")
+    images, labels = load_images("folder", folder, "train")
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 61, 60, 100, 101, 102]
+    assert labels.tolist() == [0] * 5 + [1] * 3
+    assert "5 left out, no images of a class: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link, target", [
+    ("apple/up", ".."), ("apple/root", "../.."), ("apple/all", "/"), ("apple/more", "../pear"),
+    ("apple/more", "../../elsewhere"), ("plum", "apple"), ("pear/3.png", "../apple/0.png")])
+def test_nothing_is_of_two_classes(folder, link, target):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "pear").symlink_to(folder / "train" / "pear")
+    load_images("folder", folder, "train")                              # a control
+    load_images.cache_clear()
+    (folder / "train" / link).symlink_to(target)
+    with pytest.raises(UserError, match=f"train/{link}[^:]*: is .* too, of another class"):
+        load_images("folder", folder, "train")
+
+
+def test_only_files_are_opened(folder, monkeypatch, capsys):
+    """Not a device, which may never end, a socket, or a pipe, which would block."""
+    monkeypatch.chdir(folder / "train" / "apple")
+    os.symlink("/dev/null", "device.png")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind("socket.png")
+    assert len(load_images("folder", "../..", "train")[0]) == 6
+    os.mkfifo("pipe.png")
+    os.mkfifo("../pipe.png")
+    load_images.cache_clear()
+    assert len(load_images("folder", "../..", "train")[0]) == 6
+    assert "4 left out, no images of a class: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX",
+                                  "lost+found", ".thumbnails"])
+def test_what_a_system_keeps_beside_images_is_left_out(folder, name):
+    for place in ("train", "train/apple", "test"):
+        write(folder / place / name / "0.png" / "SYNOPHOTO_THUMB_M.png", np.zeros((9, 9), np.uint8))
+    for split in ("train", "test"):
+        assert load_images("folder", folder, split)[1].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@contextmanager
+def as_nobody():
+    """Permissions count, as they do not for root."""
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)
+    except OSError:
+        pytest.skip("a root that cannot become another")
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", ["train/apple/sub", "train/pear", "train", "test/pear", "test",
+                                    "train/pear/1.png"])
+def test_what_cannot_be_read_is_named(folder, monkeypatch, closed):
+    write(folder / "train" / "apple" / "sub" / "0.png", np.zeros((9, 9), np.uint8))
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    monkeypatch.chdir(folder)
+    split = closed.split("/")[0]
+    with as_nobody():
+        assert len(load_images("folder", ".", split)[0]) in (6, 7)      # a control
+    load_images.cache_clear()
+    (folder / closed).chmod(0)
+    with as_nobody(), pytest.raises(UserError) as refused:
+        assert has_test(SimpleNamespace(dataset="folder", data_dir="."))
+        load_images("folder", ".", split)
+    (folder / closed).chmod(0o755)
+    message = str(refused.value)
+    assert closed in message and "Permission denied" in message and "remove" not in message
+
+
+@pytest.mark.parametrize("name", ["train/apple/3.png", "train/apple/more", "train/plum",
+                                  "test/pear", "test"])
+def test_a_link_to_nothing_is_named(folder, name):
+    if (folder / name).exists():
+        shutil.rmtree(folder / name)
+    (folder / name).symlink_to("/nowhere")
+    assert has_test(SimpleNamespace(dataset="folder", data_dir=folder))
+    with pytest.raises(UserError, match=f"No such file or directory: '.*{name}'"):
+        load_images("folder", folder, name.split("/")[0])
+
+
+def test_an_accent_has_one_form(folder):
+    """A Mac writes it as two characters; the order is that of the names in train."""
+    for split, form in [("train", "NFC"), ("test", "NFD")]:
+        (folder / split / "apple").rename(folder / split / unicodedata.normalize(form, "\xe9"))
+        images, labels = load_images("folder", folder, split)
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert images[:, 0, 0, 0].tolist() == [100, 101, 102, 0, 1, 2]
+    (folder / "test" / "e").mkdir()                                     # a control
+    write(folder / "test" / "e" / "0.png", np.zeros((9, 9), np.uint8))
+    load_images.cache_clear()
+    with pytest.raises(UserError, match="test/e: a class needs images in train/"):
+        load_images("folder", folder, "test")
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -193,13 +327,17 @@ def test_folder_names_what_is_wrong(folder):
     refused("bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
     (folder / "train" / "plum").mkdir()
-    refused("train/plum: has no image of a class; add some")
+    refused("train/plum: a class needs images in train/")
     (folder / "train" / "plum").rmdir()
-    (folder / "test" / "plum").mkdir()
-    refused("test/plum: no such class", "test")
-    shutil.rmtree(folder / "test")
-    (folder / "test" / "apple").mkdir(parents=True)
-    refused("/test: has no image of a class; add some, or remove it", "test")
+    (folder / "test" / "pear").rename(folder / "test" / "plum")
+    refused("test/p(ear|lum): a class needs images in train/ .and test/.", "test")
+    shutil.rmtree(folder / "test" / "plum")
+    refused("test/pear: a class needs images in train/ .and test/.", "test")
+    (folder / "test" / "pear").mkdir()
+    refused("test/pear: a class needs images in train/ .and test/.", "test")
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+    refused("train/<class>: a class needs images in train/")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():

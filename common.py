@@ -219,6 +219,12 @@ def read_folder(root, split):
     Each is read once, whatever links lead to it. What is hidden or a system's own is left out; so
     are files of no class or not named like an image, and a printed line says so.
     """
+    def attempt(path):
+        try:
+            return read_image(path)
+        except UserError as error:
+            return error
+
     try:
         classes, (_, images, others) = find_images(root / "train")[0], find_images(root / split)
     except OSError as error:
@@ -231,7 +237,9 @@ def read_folder(root, split):
     files = sorted((classes[name], os.path.split(path), path) for path, name in images)
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
-        images = list(threads.map(read_image, [path for _, _, path in files]))
+        images = list(threads.map(attempt, [path for _, _, path in files]))
+    if wrong := [image for image in images if isinstance(image, UserError)]:
+        raise UserError(f"{len(wrong)} of {len(images)} images failed: {wrong[0]}")
     return (torch.stack(images).permute(0, 3, 1, 2).contiguous(),
             torch.tensor([label for label, _, _ in files]))
 
@@ -282,10 +290,13 @@ def read_image(path):
             gray = np.abs(255 * (not tags.get(262)) - gray * (255 / (2 ** bits - 1)))
             image = Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
         image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
     except Exception as error:                            # PIL raises of many kinds on bad files
-        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+        memory = "out of memory" if "memory" in repr(error).lower() else None      # PIL's own too
+        if cause := memory or getattr(error, "strerror", None):
+            raise UserError(f"{path}: cannot be read ({cause}); the file may be good") from None
+        raise UserError(f"{path}: not a readable image ({error!r}); mend or remove it") from None
 
 
 def draw_shapes(n, seed):

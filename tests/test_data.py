@@ -200,6 +200,25 @@ def test_an_accent_has_one_form(folder):
         load_images("folder", folder, "test")
 
 
+@pytest.mark.parametrize("error, message", [
+    (OSError(5, "Input/output error"), "cannot be read (Input/output error); the file may be good"),
+    (OSError(24, "Too many open files"), "cannot be read (Too many open files); the file may be"),
+    (MemoryError(), "cannot be read (out of memory); the file may be good"),
+    (OSError("out of memory error when reading image file"), "cannot be read (out of memory); the"),
+    (OSError("truncated"), "not a readable image (OSError('truncated')); mend or remove it"),
+    (EOFError(), "not a readable image (EOFError()); mend or remove it")], ids=repr)
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_only_what_is_wrong_with_a_file_is_blamed_on_it(folder, monkeypatch, error, message, where):
+    def fail(*_, **__):
+        raise error
+    path = folder / "train" / "apple" / "0.png"
+    read_image(path)                                                    # a control
+    monkeypatch.setattr(Image.Image, where, fail)
+    with pytest.raises(UserError) as refused:
+        read_image(path)
+    assert str(refused.value).startswith(f"{path}: {message}")
+
+
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
 
 
@@ -324,8 +343,11 @@ def test_folder_names_what_is_wrong(folder):
     with pytest.raises(UserError, match="--data-dir .*train/<class>"):
         load_images("folder", folder / "nowhere", "train")
     (folder / "train" / "apple" / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    refused("bad.jpg: not a readable image")
+    refused("1 of 7 images failed: .*bad.jpg: not a readable image")
+    (folder / "train" / "pear" / "0.png").write_bytes(b"")
+    refused("2 of 7 images failed: .*bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
+    refused("1 of 6 images failed: .*pear/0.png: not a readable image")
     (folder / "train" / "plum").mkdir()
     refused("train/plum: a class needs images in train/")
     (folder / "train" / "plum").rmdir()

@@ -86,9 +86,13 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
 
     Probe and kNN have the labels of all training images, whatever --subset. With split "val" a
     tenth of them, held out, are the test images. `untrained`: with the split, and an untrained
-    encoder's accuracies, as in eval.json. None, with a printed line, without test images.
+    encoder's accuracies, as in eval.json. None, with a printed line, without test images or where
+    there is but one class, which any encoder would tell.
     """
     train = load_images(args.dataset, args.data_dir, "train")
+    if not train[1].any():
+        show(f"not evaluated: --data-dir {args.data_dir} has one class alone")
+        return None
     if split == "val":
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
         held_out, kept = order.tensor_split([max(1, len(order) // 10)])

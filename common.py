@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import lru_cache, partial, reduce
 from io import BytesIO
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -32,9 +33,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.datasets.folder import make_dataset
 from torchvision.models.resnet import BasicBlock
-from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
 # --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
@@ -65,7 +64,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        hint = "use --dataset folder" if "'stl10'" in message else "see --help"
+        raise UserError(f"{message}; {hint}")
 
 
 def number(kind, low, high=math.inf):
@@ -84,7 +84,7 @@ def make_parser(doc, training=True):
     parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]")
     add = parser.add_argument_group("images, networks and devices").add_argument
     add("--dataset", default="cifar10", help="where the images come from",
-        choices=["cifar10", "cifar100", "stl10", "folder", "synthetic"])
+        choices=["cifar10", "cifar100", "folder", "synthetic"])
     add("--data-dir", type=os.path.expanduser, default="data",
         help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
     add("--subset", type=number(int, 0), default=0,
@@ -227,74 +227,81 @@ def launch(main):
 def load_images(dataset, data_dir, split):
     """Load the "train" or "test" split of a data set.
 
-    Returns uint8 images (N, 3, 32, 32) and int64 labels (N,), -1 where there is none (STL-10's
-    unlabelled part). Raises UserError where the data cannot be had or read.
+    Returns uint8 images (N, 3, 32, 32), int64 labels (N,). UserError where they cannot be had.
     """
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    parts = {"train": "train+unlabeled", "test": "test"} if dataset == "stl10" else {
-        "train": True, "test": False}
     try:
         source = getattr(torchvision.datasets, dataset.upper())
         try:
-            data = source(data_dir, parts[split])
+            data = source(data_dir, split == "train")
         except RuntimeError:                                         # it is not there
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(Path(data_dir) / f"{dataset}.lock"):       # several ranks or runs may ask
-                data = source(data_dir, parts[split], download=True)
-    except (AttributeError, OSError, RuntimeError) as error:
+                data = source(data_dir, split == "train", download=True)
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
                         "there and name --data-dir, or use --dataset folder or synthetic") from None
-    images = torch.from_numpy(data.data)
-    if dataset == "stl10":
-        images = torch.cat([TF.resize(x, [32, 32]) for x in images.split(1000)])
-        return images, torch.as_tensor(data.labels, dtype=torch.int64)
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):
     """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
 
-    What is hidden is left out; so are files of no class or not named like an image, and a printed
-    line says so.
+    Each is read once, whatever links lead to it. What is hidden or a system's own is left out; so
+    are files of no class or not named like an image, and a printed line says so.
     """
-    train, known, others = root / "train", Image.registered_extensions(), []
+    def attempt(path):
+        try:
+            return read_image(path)
+        except UserError as error:
+            return error
 
-    def subfolders(directory):
-        return sorted(path.name for path in directory.glob("[!.]*") if path.is_dir())
-
-    def is_image(path):
-        path = Path(path)
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.suffix.lower() not in known and not hidden:
-            others.append(path)
-        return path.suffix.lower() in known and not hidden
-
-    classes = {name: label for label, name in enumerate(subfolders(train))}
-    if not classes:
-        raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    if more := set(subfolders(root / split)) - set(classes):
-        raise UserError(f"{root / split / min(more)}: no such class in {train}; remove it")
-    files = make_dataset(root / split, classes, is_valid_file=is_image, allow_empty=True)
-    others += [path for path in (root / split).glob("[!.]*") if path.is_file()]
-    found = {label for _, label in files}
-    empty = [name for name, label in classes.items() if label not in found]
-    if empty and (split == "train" or not files):
-        folder = train / empty[0] if split == "train" else root / split
-        raise UserError(f"{folder}: has no image of a class; add some, or remove it")
+    try:
+        classes, (_, images, others) = find_images(root / "train")[0], find_images(root / split)
+    except OSError as error:
+        raise UserError(f"--data-dir {root}: all of {split}/<class>/* is needed: {error}") from None
+    if odd := (classes.keys() or {"<class>"}) ^ {name for _, name in images}:
+        raise UserError(f"{root / split / min(odd)}: a class needs images in train/ (and test/)")
     if others:
-        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0]}, ...")
-
+        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0][0]}, ... "
+             "(or read already)")
+    files = sorted((classes[name], os.path.split(path), path) for path, name in images)
     show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
-        images = torch.stack(list(threads.map(read_image, [path for path, _ in files])))
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+        images = list(threads.map(attempt, [path for _, _, path in files]))
+    if wrong := [image for image in images if isinstance(image, UserError)]:
+        raise UserError(f"{len(wrong)} of {len(images)} images failed: {wrong[0]}")
+    return (torch.stack(images).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor([label for label, _, _ in files]))
+
+
+def find_images(directory):
+    """({class: label}, images, others) of directory/<class>/**, as [(path, class)], each met once.
+
+    Raises OSError where a path cannot be read, UserError where links give it two classes.
+    """
+    skip = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+    known, folders, images, others = Image.registered_extensions(), [(directory, None)], [], []
+    above = Path(os.path.realpath(directory)).parents
+    seen = {x.stat()[1:3]: (x, None) for x in (directory, *above) if os.path.exists(x)}
+    for folder, of in folders:                            # which grow meanwhile
+        for path in sorted(x for x in folder.iterdir() if not x.name.startswith(skip)):
+            name, place = of or normalize("NFC", path.name), path.stat()[1:3]      # inode, device
+            is_image = of and path.is_file() and path.suffix.lower() in known
+            new = path.is_dir() or is_image
+            first, owner = seen.setdefault(place, (path, name)) if new else (None, name)
+            if owner != name:
+                raise UserError(f"{path}: is {first} too, of another class; leave one out")
+            (others if first is not path else images if is_image else folders).append((path, name))
+    names = dict.fromkeys(name for _, name in folders[1:])
+    return {name: label for label, name in enumerate(names)}, images, others
 
 
 def has_test(args):
-    return args.dataset != "folder" or (Path(args.data_dir) / "test").is_dir()
+    return args.dataset != "folder" or os.path.lexists(Path(args.data_dir) / "test")
 
 
 def read_image(path):
@@ -307,18 +314,23 @@ def read_image(path):
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
-            bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]        # as a TIFF says, or 16
-            gray = np.asarray(image) * (255 / (2 ** bits - 1))
+            tags = getattr(image, "tag_v2", {258: (16,), 262: 1})    # a TIFF's bits, black is 0
+            gray, bits = np.asarray(image), tags[258][0]
             if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F"
                     or bits > 16 or gray.min() < 0):
                 raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; "
                                  "save it with 8 or 16 bits")
-            image = Image.fromarray(gray.round().astype(np.uint8))
+            alpha = 255 * (gray != image.info.get("transparency"))
+            gray = np.abs(255 * (not tags.get(262)) - gray * (255 / (2 ** bits - 1)))
+            image = Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
         image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
     except Exception as error:                            # PIL raises of many kinds on bad files
-        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+        memory = "out of memory" if "memory" in repr(error).lower() else None      # PIL's own too
+        if cause := memory or getattr(error, "strerror", None):
+            raise UserError(f"{path}: cannot be read ({cause}); the file may be good") from None
+        raise UserError(f"{path}: not a readable image ({error!r}); mend or remove it") from None
 
 
 def draw_shapes(n, seed):
@@ -330,29 +342,30 @@ def draw_shapes(n, seed):
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g).double()
 
-    v, u = torch.meshgrid(*2 * [torch.linspace(-1, 1, 32)], indexing="ij")         # (32, 32)
+    u = torch.linspace(-1, 1, 32, dtype=torch.float64)[None]                       # (1, 32)
     toward, phase = uniform(0, 2 * math.pi, 1), uniform(0, 2 * math.pi, 1)
-    hue = 4 * (toward.cos() * u + toward.sin() * v) + phase                        # (n, 1, 32, 32)
+    hue = 4 * (toward.cos() * u + toward.sin() * u.T) + phase                      # (n, 1, 32, 32)
     hue = hue + 2 * math.pi * torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]
     paper = uniform(0.45, 0.55, 1) + 0.1 * hue.cos()                               # (n, 3, 32, 32)
     tilt, size = uniform(-0.4, 0.4), 2.6 * uniform(0.2, 0.35)
-    u, v = ((tilt.cos() * u - tilt.sin() * v) / size + uniform(0, 2),
-            (tilt.sin() * u + tilt.cos() * v) / size + uniform(0, 2))              # in tiles
+    u, v = ((tilt.cos() * u - tilt.sin() * u.T) / size + uniform(0, 2),
+            (tilt.sin() * u + tilt.cos() * u.T) / size + uniform(0, 2))            # in tiles
     ink = torch.where((u.floor() + v.floor()) % 2 == 0, 0.35, -0.35)               # light, dark
     u, v = 2.6 * (u % 1 - 0.5), 2.6 * (v % 1 - 0.5)                                # within a tile
     r, x, y = u.hypot(v), u.abs(), v.abs()
     low, high = torch.minimum(x, y), torch.maximum(x, y)
     diagonal = torch.minimum((u - v).abs(), (u + v).abs())
-    shapes = [1 - r, 0.25 - (r - 0.7).abs(), 0.85 - high, 0.2 - (high - 0.65).abs(),
-              torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
-              torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
-              torch.minimum(1 - x, 0.4 - y), u * v]                                # > 0 inside
     label = torch.randint(10, (n,), generator=g)
-    shape = torch.stack(shapes, 1)[torch.arange(n), label]                         # (n, 32, 32)
-    image = paper + (ink * (12 * shape).sigmoid())[:, None]
-    image = image + 0.2 * torch.randn(image.shape, generator=g)
+    shape = sum((label == k)[:, None, None] * inside for k, inside in enumerate([  # > 0 inside
+        1 - r, 0.25 - (r - 0.7).abs(), 0.85 - high, 0.2 - (high - 0.65).abs(),
+        torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
+        torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
+        torch.minimum(1 - x, 0.4 - y), u * v]))                                    # (n, 32, 32)
+    a, b = torch.rand(n, 192, 2, 8, generator=g).double().split(1, 2)              # randn's own
+    noise = (-2 * (1 - a).log()).sqrt() * (2 * math.pi * torch.cat([b, b - 0.25], 2)).cos()
+    image = paper + (ink * (12 * shape).sigmoid())[:, None] + 0.2 * noise.view(paper.shape)
     return (image.clamp(0, 1) * 255).round().byte(), label
 
 

@@ -95,8 +95,12 @@ METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
 
 def labelled_images(args, split):
     """(images, labels) to learn from, and to be tested on: the test split's or, with "val", a tenth
-    of the training images, held out. None, with a printed line, without test images."""
+    of the training images, held out. None, with a printed line, without test images, or where there
+    is but one class, which any encoder tells."""
     train = load_images(args.dataset, args.data_dir, "train")
+    if not train[1].any():
+        show(f"not evaluated: --data-dir {args.data_dir} has one class alone")
+        return None
     if split == "val":
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
         held_out, kept = order.tensor_split([max(1, len(order) // 10)])
@@ -108,7 +112,7 @@ def labelled_images(args, split):
 
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
     """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum of all
-    images and labels; None without test images.
+    images and labels; None where there is nothing to tell.
 
     Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with the
     split, and an untrained encoder's accuracies, as in eval.json.

@@ -1,6 +1,11 @@
 """Image folders, drawn shapes, subsets."""
+import os
+import resource
 import shutil
+import socket
 import struct
+import unicodedata
+from contextlib import contextmanager
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -10,8 +15,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import (UserError, draw_shapes, load_images, make_parser, parse_flags, read_image,
-                    training_images)
+from torchvision.datasets.folder import make_dataset
+
+from common import (UserError, checksum, draw_shapes, has_test, load_images, make_parser,
+                    parse_flags, read_image, training_images)
+from processes import CONTEXT
 
 
 def write(path, pixels):
@@ -64,6 +72,153 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert "2 left out, no images of a class: " in capsys.readouterr().out
 
 
+def test_the_order_is_torchvisions(tmp_path):
+    """Class by class, its folders as strings, then their files; each image says which it is."""
+    paths = [tmp_path / "train" / c / sub / name for c in ("b", "a", "a-b", "Z")
+             for sub in ("", "sub", "sub-x", "sub/y", "0") for name in ("9.png", "10.PNG", "B.png")]
+    for i, path in enumerate(paths):
+        write(path, np.full((32, 32), i, np.uint8))
+    classes = {"Z": 0, "a": 1, "a-b": 2, "b": 3}
+    expected = make_dataset(tmp_path / "train", classes, extensions=(".png",))
+    images, labels = load_images("folder", tmp_path, "train")
+    ours = [(str(paths[i]), label) for i, label in zip(images[:, 0, 0, 0], labels.tolist())]
+    assert ours == expected and len(ours) == 60
+    assert ours != sorted(expected, key=lambda item: item[0].split("/"))               # a control
+
+
+def test_a_file_or_folder_is_read_once(folder, capsys):
+    apple, elsewhere = folder / "train" / "apple", folder / "elsewhere"
+    write(elsewhere / "sub" / "60.png", np.full((9, 9), 60, np.uint8))
+    write(elsewhere / "61.png", np.full((9, 9), 61, np.uint8))
+    (apple / "more").symlink_to(elsewhere / "sub")                      # both are read
+    (apple / "more.png").symlink_to("../../elsewhere/61.png")
+    (elsewhere / "sub" / "back").symlink_to(apple)
+    for name in ("self", "again"):
+        (apple / name).symlink_to(".")
+    (apple / "zero.png").symlink_to("0.png")
+    os.link(apple / "1.png", apple / "one.png")
+    (folder / "train" / "pear").rename(folder / "pears")
+    (folder / "train" / "pear").symlink_to("../pears")
+    images, labels = load_images("folder", folder, "train")
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 61, 60, 100, 101, 102]
+    assert labels.tolist() == [0] * 5 + [1] * 3
+    assert "5 left out, no images of a class: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link, target", [
+    ("apple/up", ".."), ("apple/root", "../.."), ("apple/all", "/"), ("apple/more", "../pear"),
+    ("apple/more", "../../elsewhere"), ("plum", "apple"), ("pear/3.png", "../apple/0.png")])
+def test_nothing_is_of_two_classes(folder, link, target):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "pear").symlink_to(folder / "train" / "pear")
+    load_images("folder", folder, "train")                              # a control
+    load_images.cache_clear()
+    (folder / "train" / link).symlink_to(target)
+    with pytest.raises(UserError, match=f"train/{link}[^:]*: is .* too, of another class"):
+        load_images("folder", folder, "train")
+
+
+def test_only_files_are_opened(folder, monkeypatch, capsys):
+    """Not a device, which may never end, a socket, or a pipe, which would block."""
+    monkeypatch.chdir(folder / "train" / "apple")
+    os.symlink("/dev/null", "device.png")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind("socket.png")
+    assert len(load_images("folder", "../..", "train")[0]) == 6
+    os.mkfifo("pipe.png")
+    os.mkfifo("../pipe.png")
+    load_images.cache_clear()
+    assert len(load_images("folder", "../..", "train")[0]) == 6
+    assert "4 left out, no images of a class: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX",
+                                  "lost+found", ".thumbnails"])
+def test_what_a_system_keeps_beside_images_is_left_out(folder, name):
+    for place in ("train", "train/apple", "test"):
+        write(folder / place / name / "0.png" / "SYNOPHOTO_THUMB_M.png", np.zeros((9, 9), np.uint8))
+    for split in ("train", "test"):
+        assert load_images("folder", folder, split)[1].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@contextmanager
+def as_nobody():
+    """Permissions count, as they do not for root."""
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)
+    except OSError:
+        pytest.skip("a root that cannot become another")
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", ["train/apple/sub", "train/pear", "train", "test/pear", "test",
+                                    "train/pear/1.png"])
+def test_what_cannot_be_read_is_named(folder, monkeypatch, closed):
+    write(folder / "train" / "apple" / "sub" / "0.png", np.zeros((9, 9), np.uint8))
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    monkeypatch.chdir(folder)
+    split = closed.split("/")[0]
+    with as_nobody():
+        assert len(load_images("folder", ".", split)[0]) in (6, 7)      # a control
+    load_images.cache_clear()
+    (folder / closed).chmod(0)
+    with as_nobody(), pytest.raises(UserError) as refused:
+        assert has_test(SimpleNamespace(dataset="folder", data_dir="."))
+        load_images("folder", ".", split)
+    (folder / closed).chmod(0o755)
+    message = str(refused.value)
+    assert closed in message and "Permission denied" in message and "remove" not in message
+
+
+@pytest.mark.parametrize("name", ["train/apple/3.png", "train/apple/more", "train/plum",
+                                  "test/pear", "test"])
+def test_a_link_to_nothing_is_named(folder, name):
+    if (folder / name).exists():
+        shutil.rmtree(folder / name)
+    (folder / name).symlink_to("/nowhere")
+    assert has_test(SimpleNamespace(dataset="folder", data_dir=folder))
+    with pytest.raises(UserError, match=f"No such file or directory: '.*{name}'"):
+        load_images("folder", folder, name.split("/")[0])
+
+
+def test_an_accent_has_one_form(folder):
+    """A Mac writes it as two characters; the order is that of the names in train."""
+    for split, form in [("train", "NFC"), ("test", "NFD")]:
+        (folder / split / "apple").rename(folder / split / unicodedata.normalize(form, "\xe9"))
+        images, labels = load_images("folder", folder, split)
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert images[:, 0, 0, 0].tolist() == [100, 101, 102, 0, 1, 2]
+    (folder / "test" / "e").mkdir()                                     # a control
+    write(folder / "test" / "e" / "0.png", np.zeros((9, 9), np.uint8))
+    load_images.cache_clear()
+    with pytest.raises(UserError, match="test/e: a class needs images in train/"):
+        load_images("folder", folder, "test")
+
+
+@pytest.mark.parametrize("error, message", [
+    (OSError(5, "Input/output error"), "cannot be read (Input/output error); the file may be good"),
+    (OSError(24, "Too many open files"), "cannot be read (Too many open files); the file may be"),
+    (MemoryError(), "cannot be read (out of memory); the file may be good"),
+    (OSError("out of memory error when reading image file"), "cannot be read (out of memory); the"),
+    (OSError("truncated"), "not a readable image (OSError('truncated')); mend or remove it"),
+    (EOFError(), "not a readable image (EOFError()); mend or remove it")], ids=repr)
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_only_what_is_wrong_with_a_file_is_blamed_on_it(folder, monkeypatch, error, message, where):
+    def fail(*_, **__):
+        raise error
+    path = folder / "train" / "apple" / "0.png"
+    read_image(path)                                                    # a control
+    monkeypatch.setattr(Image.Image, where, fail)
+    with pytest.raises(UserError) as refused:
+        read_image(path)
+    assert str(refused.value).startswith(f"{path}: {message}")
+
+
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
 
 
@@ -72,8 +227,14 @@ RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     (lambda p: p.write_bytes(b"P5\n64 64\n1023\n" + (RAMP / 64.1).astype(">u2").tobytes()), 1),
     (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "PNG"), 1),
     (lambda p: Image.fromarray(RAMP.astype(np.uint16)).save(p, "TIFF"), 1),
-    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(p, "PNG"), 1),       # a control
-], ids=["16-bit PGM", "10-bit PGM", "16-bit PNG", "16-bit TIFF", "8-bit PNG"])
+    (lambda p: Image.fromarray(RAMP.astype(">u2")).save(p, "TIFF"), 1),
+    (lambda p: Image.fromarray((65535 - RAMP).astype(np.uint16)).save(
+        p, "TIFF", tiffinfo={262: 0}), 1),
+    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(p, "PNG"), 1),       # controls
+    (lambda p: Image.fromarray((RAMP / 257).astype(np.uint8)).save(
+        p, "TIFF", tiffinfo={262: 0}), 1),
+], ids=["16-bit PGM", "10-bit PGM", "16-bit PNG", "16-bit TIFF", "16-bit big-endian TIFF",
+        "16-bit TIFF, 0 is white", "8-bit PNG", "8-bit TIFF, 0 is white"])
 def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolerance):
     """A ramp from black to white stays one, of any number of bits."""
     path = tmp_path / "ramp.png"                                        # its content decides
@@ -82,6 +243,19 @@ def test_gray_values_are_scaled_by_the_range_of_the_format(tmp_path, put, tolera
         (32, 32), Image.Resampling.BICUBIC)).astype(int)
     for channel in read_image(path).numpy().astype(int).transpose(2, 0, 1):
         assert np.abs(channel - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
+def test_the_gray_value_that_a_png_calls_transparent_is_white(tmp_path, dtype):
+    """That one alone, not its neighbour, which may have the same 8 bits."""
+    gray = np.repeat(np.array([100, 101], dtype), 16 * 32).reshape(32, 32)
+    gray = gray + dtype(25600 if dtype == np.uint16 else 0)
+    for value, expected in [(gray[0, 0], [255, gray[31, 0]]), (gray[31, 0], [gray[0, 0], 255]),
+                            (7, [gray[0, 0], gray[31, 0]])]:
+        Image.fromarray(gray).save(tmp_path / "gray.png", transparency=int(value))
+        image = read_image(tmp_path / "gray.png")
+        shown = [x if x == 255 or dtype == np.uint8 else round(x / 257) for x in expected]
+        assert [image[0].unique().tolist(), image[31].unique().tolist()] == [[x] for x in shown]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.int16])
@@ -136,23 +310,20 @@ def test_only_the_orientation_of_the_metadata_matters(tmp_path, kind):
         assert read_image(path).shape == (32, 32, 3)
 
 
-def test_cifar10_and_stl10_as_torchvision_holds_them(monkeypatch):
-    """Images (N, H, W, 3) there and (N, 3, 96, 96) here; -1 is the label of STL-10's unlabelled."""
+def test_cifar10_as_torchvision_holds_it(monkeypatch):
+    """Images (N, H, W, 3) there; a set that is not read is refused, also from an old config."""
     data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3)
-    large = np.repeat(np.arange(200, dtype=np.uint8), 3 * 96 * 96).reshape(200, 3, 96, 96)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train: SimpleNamespace(
         data=data, targets=[3, 1, 4, 1 + train]))
-    monkeypatch.setattr(torchvision.datasets, "STL10", lambda root, split: SimpleNamespace(
-        data=large, labels=np.arange(200) % 3 - (split == "train+unlabeled")))
     for split, last in [("train", 2), ("test", 1)]:
         images, labels = load_images("cifar10", "nowhere", split)
         assert (images.numpy() == data.transpose(0, 3, 1, 2)).all() and images.is_contiguous()
         assert labels.tolist() == [3, 1, 4, last] and labels.dtype == torch.int64
-        images, labels = load_images("stl10", "nowhere", split)
-        assert images.shape == (200, 3, 32, 32) and images[:, 0, 0, 0].tolist() == [*range(200)]
-        assert (images == images[:, :1, :1, :1]).all() and labels.min() == (-1 if last == 2 else 0)
-    with pytest.raises(UserError, match="--dataset mnist3: cannot"):
-        load_images("mnist3", "nowhere", "train")
+    for name in ("mnist3", "stl10"):
+        with pytest.raises(UserError, match=f"--dataset {name}: .*use --dataset folder"):
+            load_images(name, "nowhere", "train")
+    with pytest.raises(UserError, match="'stl10'.*; use --dataset folder"):
+        make_parser("x").parse_args(["--dataset", "stl10"])
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
@@ -172,23 +343,65 @@ def test_folder_names_what_is_wrong(folder):
     with pytest.raises(UserError, match="--data-dir .*train/<class>"):
         load_images("folder", folder / "nowhere", "train")
     (folder / "train" / "apple" / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    refused("bad.jpg: not a readable image")
+    refused("1 of 7 images failed: .*bad.jpg: not a readable image")
+    (folder / "train" / "pear" / "0.png").write_bytes(b"")
+    refused("2 of 7 images failed: .*bad.jpg: not a readable image")
     (folder / "train" / "apple" / "bad.jpg").unlink()
+    refused("1 of 6 images failed: .*pear/0.png: not a readable image")
     (folder / "train" / "plum").mkdir()
-    refused("train/plum: has no image of a class; add some")
+    refused("train/plum: a class needs images in train/")
     (folder / "train" / "plum").rmdir()
-    (folder / "test" / "plum").mkdir()
-    refused("test/plum: no such class", "test")
-    shutil.rmtree(folder / "test")
-    (folder / "test" / "apple").mkdir(parents=True)
-    refused("/test: has no image of a class; add some, or remove it", "test")
+    (folder / "test" / "pear").rename(folder / "test" / "plum")
+    refused("test/p(ear|lum): a class needs images in train/ .and test/.", "test")
+    shutil.rmtree(folder / "test" / "plum")
+    refused("test/pear: a class needs images in train/ .and test/.", "test")
+    (folder / "test" / "pear").mkdir()
+    refused("test/pear: a class needs images in train/ .and test/.", "test")
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+    refused("train/<class>: a class needs images in train/")
 
 
 def test_shapes_are_deterministic_and_differ_by_split():
-    again = load_images("synthetic", "", "train")
+    again = load_images("synthetic", "data", "train")
     assert torch.equal(draw_shapes(100, seed=0)[0], draw_shapes(100, seed=0)[0])
     assert not torch.equal(draw_shapes(100, seed=0)[0], draw_shapes(100, seed=1)[0])
     assert again[0].shape == (5000, 3, 32, 32) and again[1].unique().tolist() == list(range(10))
+
+
+def draw(capability, path):
+    """What a CPU of this capability draws, and its randn; in a process of its own."""
+    os.environ["ATEN_CPU_CAPABILITY"] = capability
+    torch.set_num_threads(1)
+    noise = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    torch.save([torch.backends.cpu.get_cpu_capability(), checksum(draw_shapes(200, seed=0)[0]),
+                noise], path)
+
+
+def test_shapes_do_not_depend_on_the_cpu(tmp_path):
+    processes = [CONTEXT.Process(target=draw, args=(capability, tmp_path / capability))
+                 for capability in ("default", "avx2")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    plain, avx2 = (torch.load(tmp_path / capability) for capability in ("default", "avx2"))
+    assert plain[1] == avx2[1] == checksum(draw_shapes(200, seed=0)[0]) == 689802140
+    assert plain[0] == "DEFAULT" and (plain[0] == avx2[0] or not torch.equal(plain[2], avx2[2]))
+
+
+def test_the_noise_of_shapes_is_that_of_randn():
+    """Without it a pixel's channels differ by no more than the hues of the paper."""
+    (images, labels), g = draw_shapes(100, seed=5), torch.Generator().manual_seed(5)
+    torch.rand(700, generator=g)                                        # seven nuisances
+    assert torch.equal(labels, torch.randint(10, (100,), generator=g))
+    noise, seen = 0.2 * torch.randn(images.shape, generator=g), (images % 255 > 0).all(1)
+
+    def spread(noise):
+        clean = images / 255 - noise
+        return (clean.amax(1) - clean.amin(1))[seen].max().item()
+
+    assert spread(noise) < 0.1 * 3 ** 0.5 + 1 / 255 and spread(noise.roll(1, 0)) > 0.5
 
 
 def test_subset_does_not_depend_on_the_seed():

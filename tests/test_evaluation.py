@@ -254,6 +254,31 @@ def test_an_eval_json_is_compared_with_data_that_can_be_loaded(tmp_path, monkeyp
         linear_eval.answers("run", result, args, str(tmp_path))
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_one_class_alone_is_not_evaluated(split, monkeypatch, capsys):
+    """It would be 100 %, untrained too. With two, each image keeps its label."""
+    images, seen = draw_shapes(90, seed=3)[0], []
+    images[:, 0, 0, 0] = torch.arange(90, dtype=torch.uint8)            # each is recognisable
+    labels = torch.arange(90) % 3 // 2
+    parts = {"train": (images[:60], labels[:60]), "test": (images[60:], labels[60:])}
+    monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
+    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
+    args = SimpleNamespace(dataset="synthetic", data_dir="DIR", device="cpu", precision="fp32")
+
+    def evaluate():
+        encode = lambda x: 255 * x[:, 0, 0, :1]
+        return linear_eval.evaluate(Encoder(8), args, encode, ["linear"], split)
+
+    assert evaluate()["linear"] == 0.0
+    train_x, train_y, test_x, test_y = seen[0]
+    which = torch.cat([train_x, test_x]).round().flatten().long()
+    assert torch.equal(torch.cat([train_y, test_y]), labels[which])
+    assert sorted(which.tolist()) == [*range(90 if split == "test" else 60)]
+    labels.zero_()
+    assert evaluate() is None and len(seen) == 1
+    assert capsys.readouterr().out == "not evaluated: --data-dir DIR has one class alone\n"
+
+
 def test_split_val_holds_training_images_out(monkeypatch):
     """A tenth of the training images, never seen by the probe, and no test image at all."""
     images, labels = draw_shapes(200, seed=3)

@@ -233,7 +233,8 @@ def load_images(dataset, data_dir, split):
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    try:
+    with naming(f"--dataset {dataset}", f"cannot download it to {data_dir}", "put it there and name "
+                "--data-dir, or use --dataset folder or synthetic"):
         source = getattr(torchvision.datasets, dataset.upper())
         try:
             data = source(data_dir, split == "train")
@@ -241,35 +242,33 @@ def load_images(dataset, data_dir, split):
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with FileLock(Path(data_dir) / f"{dataset}.lock"):       # several ranks or runs may ask
                 data = source(data_dir, split == "train", download=True)
-    except (AttributeError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); put it "
-                        "there and name --data-dir, or use --dataset folder or synthetic") from None
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):
     """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
 
-    Each is read once, whatever links lead to it. What is hidden or a system's own is left out; so
-    are files of no class or not named like an image, and a printed line says so.
+    A printed line says what is left out: files of no class or not named like an image.
     """
+    if not (root / "train").is_dir():
+        raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
+    classes = dict.fromkeys(class_of(x) for x in listing(root / "train") if x.is_dir())
+    labels = {name: label for label, name in enumerate(classes)}
+    images, others = find_images(root / split)
+    if odd := (labels.keys() or {"<class>"}) ^ {name for _, name in images}:
+        raise UserError(f"{root / split / min(odd)}: a class needs images in train/ (and test/)")
+    if others:
+        show(f"{root / split}: {len(others)} left out, no images of a class, or read already: "
+             f"{others[0]}, ...")
+    files = sorted((labels[name], os.path.split(path), path) for path, name in images)
+    show(f"reading {len(files)} images of {root / split}", passing=True)
+
     def attempt(path):
         try:
             return read_image(path)
         except UserError as error:
             return error
 
-    try:
-        classes, (_, images, others) = find_images(root / "train")[0], find_images(root / split)
-    except OSError as error:
-        raise UserError(f"--data-dir {root}: all of {split}/<class>/* is needed: {error}") from None
-    if odd := (classes.keys() or {"<class>"}) ^ {name for _, name in images}:
-        raise UserError(f"{root / split / min(odd)}: a class needs images in train/ (and test/)")
-    if others:
-        show(f"{root / split}: {len(others)} left out, no images of a class: {others[0][0]}, ... "
-             "(or read already)")
-    files = sorted((classes[name], os.path.split(path), path) for path, name in images)
-    show(f"reading {len(files)} images of {root / split}", passing=True)
     with ThreadPoolExecutor() as threads:
         images = list(threads.map(attempt, [path for _, _, path in files]))
     if wrong := [image for image in images if isinstance(image, UserError)]:
@@ -278,26 +277,42 @@ def read_folder(root, split):
             torch.tensor([label for label, _, _ in files]))
 
 
-def find_images(directory):
-    """({class: label}, images, others) of directory/<class>/**, as [(path, class)], each met once.
+def class_of(folder):
+    return normalize("NFC", folder.name)                              # an accent has two forms
 
-    Raises OSError where a path cannot be read, UserError where links give it two classes.
+
+def listing(folder):
+    """The paths in a folder, sorted, but for what is hidden or a system's own."""
+    systems = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
+    return sorted(x for x in folder.iterdir() if not x.name.startswith((".", *systems)))
+
+
+def find_images(root):
+    """[(path, class)] of the images root/<class>/**, and the paths of whatever else is there.
+
+    A file or folder is met once, whatever links lead to it; UserError where they give it two
+    classes. What cannot be listed is the system's OSError.
     """
-    skip = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-    known, folders, images, others = Image.registered_extensions(), [(directory, None)], [], []
-    above = Path(os.path.realpath(directory)).parents
-    seen = {x.stat()[1:3]: (x, None) for x in (directory, *above) if os.path.exists(x)}
-    for folder, of in folders:                            # which grow meanwhile
-        for path in sorted(x for x in folder.iterdir() if not x.name.startswith(skip)):
-            name, place = of or normalize("NFC", path.name), path.stat()[1:3]      # inode, device
-            is_image = of and path.is_file() and path.suffix.lower() in known
-            new = path.is_dir() or is_image
-            first, owner = seen.setdefault(place, (path, name)) if new else (None, name)
-            if owner != name:
-                raise UserError(f"{path}: is {first} too, of another class; leave one out")
-            (others if first is not path else images if is_image else folders).append((path, name))
-    names = dict.fromkeys(name for _, name in folders[1:])
-    return {name: label for label, name in enumerate(names)}, images, others
+    known, images, others = Image.registered_extensions(), [], []
+    above = [x for x in (root, *root.resolve().parents) if os.path.exists(x)]
+    met = {x.stat()[1:3]: (x, None) for x in above}       # by inode and device
+    queue = [(path, class_of(path)) for path in listing(root)]
+    for path, name in queue:                              # which grows meanwhile
+        place = path.stat()[1:3]
+        is_image = path.is_file() and path.suffix.lower() in known and path.parent != root
+        if not (is_image or path.is_dir()):
+            others.append(path)
+            continue
+        first, owner = met.setdefault(place, (path, name))
+        if owner != name:
+            raise UserError(f"{path}: is {first} too, of another class; leave one out")
+        if first is not path:
+            others.append(path)
+        elif is_image:
+            images.append((path, name))
+        else:
+            queue += [(x, name) for x in listing(path)]
+    return images, others
 
 
 def has_test(args):
@@ -306,38 +321,41 @@ def has_test(args):
 
 def read_image(path):
     """An image file -> uint8 (32, 32, 3), upright, on white if transparent, 16 bits scaled to 8."""
-    try:
-        image = Image.open(BytesIO(Path(path).read_bytes()))
+    content = BytesIO(Path(path).read_bytes())
+    with naming(path, "not a readable image", "mend or remove it"):    # PIL raises of many kinds
+        image = Image.open(content)
         with suppress(Exception):                         # metadata that cannot be read, or kept
             image.getexif()                               # else a TIFF's load would raise
         image.load()
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":                         # I;16, I;16B, I, F: not 8 bits
-            tags = getattr(image, "tag_v2", {258: (16,), 262: 1})    # a TIFF's bits, black is 0
-            gray, bits = np.asarray(image), tags[258][0]
-            if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F"
-                    or bits > 16 or gray.min() < 0):
-                raise ValueError(f"{image.format} of mode {image.mode} has no range of its own; "
-                                 "save it with 8 or 16 bits")
-            alpha = 255 * (gray != image.info.get("transparency"))
-            gray = np.abs(255 * (not tags.get(262)) - gray * (255 / (2 ** bits - 1)))
-            image = Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
-    except Exception as error:                            # PIL raises of many kinds on bad files
-        memory = "out of memory" if "memory" in repr(error).lower() else None      # PIL's own too
-        if cause := memory or getattr(error, "strerror", None):
-            raise UserError(f"{path}: cannot be read ({cause}); the file may be good") from None
-        raise UserError(f"{path}: not a readable image ({error!r}); mend or remove it") from None
+    if image.mode[0] in "IF":                             # I;16, I;16B, I, F: not 8 bits
+        image = eight_bits(image, path)
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+def eight_bits(image, path):
+    """A gray image of more than 8 bits, scaled by the range of its format, with its alpha."""
+    tags = getattr(image, "tag_v2", {258: (16,), 262: 1})              # a TIFF's bits; black is 0
+    gray, bits = np.asarray(image), tags[258][0]
+    if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F" or bits > 16
+            or gray.min() < 0):
+        raise UserError(f"{path}: {image.format} of mode {image.mode} has no range of its own; save "
+                        "it with 8 or 16 bits")
+    alpha = 255 * (gray != image.info.get("transparency"))
+    gray = gray * (255 / (2 ** bits - 1))
+    gray = gray if tags.get(262) else 255 - gray
+    return Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
 
 
 def draw_shapes(n, seed):
     """Noisy wallpapers of ten shapes; place, size, tilt, hues and brightness are nuisances.
 
     Returns uint8 (n, 3, 32, 32) and int64 (n,), the same ones whenever the seed is the same. Hues
-    run over the whole wheel in every image, as otherwise they alone would tell images apart.
+    run over the whole wheel in every image, as otherwise they alone would tell images apart. In
+    float64 every CPU draws the same bytes.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -363,9 +381,8 @@ def draw_shapes(n, seed):
         torch.minimum(0.7 - v, v + 1 - 2 * x), torch.minimum(0.3 - low, 1 - high),
         torch.minimum(0.4 - diagonal, 0.9 - high), torch.minimum(0.4 - x, 1 - y),
         torch.minimum(1 - x, 0.4 - y), u * v]))                                    # (n, 32, 32)
-    a, b = torch.rand(n, 192, 2, 8, generator=g).double().split(1, 2)              # randn's own
-    noise = (-2 * (1 - a).log()).sqrt() * (2 * math.pi * torch.cat([b, b - 0.25], 2)).cos()
-    image = paper + (ink * (12 * shape).sigmoid())[:, None] + 0.2 * noise.view(paper.shape)
+    image = paper + (ink * (12 * shape).sigmoid())[:, None]
+    image = image + 0.2 * torch.randn(image.shape, generator=g, dtype=torch.float64)
     return (image.clamp(0, 1) * 255).round().byte(), label
 
 

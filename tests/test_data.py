@@ -69,7 +69,7 @@ def test_folder_takes_any_size_and_mode(folder, capsys):
     assert labels.tolist() == [0] * 8 + [1] * 3
     assert [image.unique().tolist() for image in images[3:7]] == [[60], [70], [255], [80]]
     assert images[7, :, :12].unique().tolist() == [90] and images[7, :, 20:].max() == 0
-    assert "2 left out, no images of a class: " in capsys.readouterr().out
+    assert "2 left out, no images of a class, or read already: " in capsys.readouterr().out
 
 
 def test_the_order_is_torchvisions(tmp_path):
@@ -102,7 +102,7 @@ def test_a_file_or_folder_is_read_once(folder, capsys):
     images, labels = load_images("folder", folder, "train")
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 61, 60, 100, 101, 102]
     assert labels.tolist() == [0] * 5 + [1] * 3
-    assert "5 left out, no images of a class: " in capsys.readouterr().out
+    assert "5 left out, no images of a class, or read already: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link, target", [
@@ -129,7 +129,7 @@ def test_only_files_are_opened(folder, monkeypatch, capsys):
     os.mkfifo("../pipe.png")
     load_images.cache_clear()
     assert len(load_images("folder", "../..", "train")[0]) == 6
-    assert "4 left out, no images of a class: " in capsys.readouterr().out
+    assert "4 left out, no images of a class, or read already: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX",
@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_named(folder, monkeypatch, closed):
         assert len(load_images("folder", ".", split)[0]) in (6, 7)      # a control
     load_images.cache_clear()
     (folder / closed).chmod(0)
-    with as_nobody(), pytest.raises(UserError) as refused:
+    with as_nobody(), pytest.raises(OSError) as refused:                # `launch` prints it
         assert has_test(SimpleNamespace(dataset="folder", data_dir="."))
         load_images("folder", ".", split)
     (folder / closed).chmod(0o755)
@@ -182,7 +182,7 @@ def test_a_link_to_nothing_is_named(folder, name):
         shutil.rmtree(folder / name)
     (folder / name).symlink_to("/nowhere")
     assert has_test(SimpleNamespace(dataset="folder", data_dir=folder))
-    with pytest.raises(UserError, match=f"No such file or directory: '.*{name}'"):
+    with pytest.raises(OSError, match=f"No such file or directory: '.*{name}'"):
         load_images("folder", folder, name.split("/")[0])
 
 
@@ -200,23 +200,22 @@ def test_an_accent_has_one_form(folder):
         load_images("folder", folder, "test")
 
 
-@pytest.mark.parametrize("error, message", [
-    (OSError(5, "Input/output error"), "cannot be read (Input/output error); the file may be good"),
-    (OSError(24, "Too many open files"), "cannot be read (Too many open files); the file may be"),
-    (MemoryError(), "cannot be read (out of memory); the file may be good"),
-    (OSError("out of memory error when reading image file"), "cannot be read (out of memory); the"),
-    (OSError("truncated"), "not a readable image (OSError('truncated')); mend or remove it"),
-    (EOFError(), "not a readable image (EOFError()); mend or remove it")], ids=repr)
-@pytest.mark.parametrize("where", ["load", "resize"])
-def test_only_what_is_wrong_with_a_file_is_blamed_on_it(folder, monkeypatch, error, message, where):
+@pytest.mark.parametrize("error, is_the_files", [
+    (OSError(5, "Input/output error"), False), (OSError(24, "Too many open files"), False),
+    (MemoryError(), False), (OSError("out of memory error when reading image file"), False),
+    (OSError("truncated"), True), (EOFError(), True)], ids=repr)
+def test_only_what_is_wrong_with_a_file_is_blamed_on_it(folder, monkeypatch, error, is_the_files):
     def fail(*_, **__):
         raise error
     path = folder / "train" / "apple" / "0.png"
     read_image(path)                                                    # a control
-    monkeypatch.setattr(Image.Image, where, fail)
-    with pytest.raises(UserError) as refused:
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(UserError if is_the_files else type(error)) as refused:
         read_image(path)
-    assert str(refused.value).startswith(f"{path}: {message}")
+    if is_the_files:
+        assert str(refused.value).startswith(f"{path}: not a readable image ({type(error).__name__}")
+    else:
+        assert refused.value is error
 
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -386,22 +385,8 @@ def test_shapes_do_not_depend_on_the_cpu(tmp_path):
     for process in processes:
         process.join()
     plain, avx2 = (torch.load(tmp_path / capability) for capability in ("default", "avx2"))
-    assert plain[1] == avx2[1] == checksum(draw_shapes(200, seed=0)[0]) == 689802140
+    assert plain[1] == avx2[1] == checksum(draw_shapes(200, seed=0)[0]) == 3576287084
     assert plain[0] == "DEFAULT" and (plain[0] == avx2[0] or not torch.equal(plain[2], avx2[2]))
-
-
-def test_the_noise_of_shapes_is_that_of_randn():
-    """Without it a pixel's channels differ by no more than the hues of the paper."""
-    (images, labels), g = draw_shapes(100, seed=5), torch.Generator().manual_seed(5)
-    torch.rand(700, generator=g)                                        # seven nuisances
-    assert torch.equal(labels, torch.randint(10, (100,), generator=g))
-    noise, seen = 0.2 * torch.randn(images.shape, generator=g), (images % 255 > 0).all(1)
-
-    def spread(noise):
-        clean = images / 255 - noise
-        return (clean.amax(1) - clean.amin(1))[seen].max().item()
-
-    assert spread(noise) < 0.1 * 3 ** 0.5 + 1 / 255 and spread(noise.roll(1, 0)) > 0.5
 
 
 def test_subset_does_not_depend_on_the_seed():

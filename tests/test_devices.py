@@ -2,6 +2,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +125,7 @@ def a_run(folder):
     make anything, and takes its time."""
     sys.argv = ["byol_langevin.py", "--dataset", "synthetic", "--width", "8", "--ebm-iters", "0",
                 "--steps", "1", "--epochs", "1", "--batch-size", "4", "--precision", "fp32",
-                "--run-dir", f"{folder}/run", "--ebm", f"{folder}/ebm.pt"]
+                "--eval-every", "1", "--run-dir", f"{folder}/run", "--ebm", f"{folder}/ebm.pt"]
     args, images, shares = byol_langevin.parse(), draw_shapes(10, seed=3)[0], []
     accuracies = dict.fromkeys(["linear", "knn5", "knn_cosine"], 50.0)
     run = common.Run(args, images, slowly(lambda *_, **__: {**accuracies, "untrained": accuracies}))
@@ -135,6 +136,7 @@ def a_run(folder):
     run.save_chain(f, images)
     run.chain_ends(f, images)
     model = torch.nn.Linear(1, 1)
+    model.encoder = None
     for epoch in run.epochs(model=model, optimizer=torch.optim.SGD(model.parameters())):
         seed = torch.initial_seed()
         for x in run.batches(images, epoch):
@@ -169,6 +171,24 @@ def test_two_ranks_make_one_run(tmp_path, monkeypatch):
         loss.append(row["loss"])
     means = [torch.cat(shares).float().mean().item() for shares in (whole, shares_0, shares_1)]
     assert loss == pytest.approx([means[0]] * 2) and min(abs(loss[0] - m) for m in means[1:]) > 0.1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_first_rank_alone_shows_lines(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    for rank, shown in [(1, False), (0, True)]:
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        common.show("a line")
+        assert ("a line" in capsys.readouterr().out) == shown
+
+
+@pytest.mark.parametrize("size, shared", [(4, False), (5, False), (3, False), (6, True)])
+def test_ranks_share_a_batch_evenly_each_at_least_two_images(size, shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 3)
+    monkeypatch.setattr(sys, "argv", ["byol_disc.py", "--dataset", "synthetic", "--batch-size",
+                                      str(size), "--run-dir", str(tmp_path / "run")])
+    with nullcontext() if shared else pytest.raises(UserError, match=f"--batch-size {size}: 3 "):
+        common.Run(byol_disc.parse(), draw_shapes(8, seed=3)[0], None)
 
 
 def test_cuda_ranks_normalise_by_the_whole_batch(monkeypatch):

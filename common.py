@@ -36,8 +36,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.resnet import BasicBlock
 from torchvision.utils import save_image
 
-# --- Flags: the common ones, their checks, and how a mistake reaches the user ----------------
-# A flag is added here, or in the one script that needs it; `parse_flags` names the paths.
+# --- Flags: those that all scripts share, and how a mistake is put ---------------------------
+# A flag is added here, or in the one script that needs it.
 
 
 class UserError(Exception):
@@ -151,42 +151,64 @@ def add_langevin_flags(parser):
 
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
              schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
-VERSION = 2                                               # without one, ade was what gan is now
-NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager",   # where and how,
-                "computed_in"}                                                    # not what, a run is
 
 
-def parse_flags(parser, argv=None):
-    """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
-    if parser.parse_known_args(argv)[0].smoke:
-        parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
-    parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
-    args = parser.parse_args(argv)
-    if getattr(args, "use", "") == "dataset" and args.view == "augment":
-        raise UserError("--view augment: there is no third view with --use dataset")
-    name_files(parser, args)
-    set_up(args)
-    return args
+# --- Ranks and the terminal: what a script's process is among others -------------------------
+# All that knows of ranks; `launch` runs a script's main.
 
 
-def name_files(parser, args):
-    """Name the run's directory and its EBM's file by the flags that make them what they are."""
-    differing = [f"{flag}={value}" for flag, value in vars(args).items()
-                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
-    name = "-".join([args.script, *differing])
-    if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
-        raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
-    if "run_dir" in args:
-        args.run_dir = args.run_dir or f"runs/{name}"
-    parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
-             f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
-             f"seed={args.seed}" if args.seed else "", args.ebm_iters]
-    args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
-    if Path(args.ebm).suffix != ".pt":
-        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
-    at, its = map(os.path.realpath, (getattr(args, "run_dir", args.ebm), args.ebm[:-2] + "ebm"))
-    if at == its or at.endswith(".ebm"):
-        raise UserError(f"--run-dir {args.run_dir}: is an EBM's (--ebm {args.ebm}); name another")
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def of_all_ranks(item):
+    """[the item of each rank], for which each waits."""
+    items = [item] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(items, item)
+    return items
+
+
+def barrier():
+    """Wait for the other ranks."""
+    of_all_ranks(None)
+
+
+class Gather(torch.autograd.Function):
+    """All ranks' x (B, ...), concatenated in their order; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(x):
+    return Gather.apply(x) if world_size() > 1 else x
+
+
+def show(line, passing=False):
+    """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
+    try:
+        if rank() == 0 and sys.stdout.isatty():
+            print("\r\033[K" + line, end="" if passing else "\n", flush=True)
+        elif rank() == 0 and not passing:
+            print(line, flush=True)
+    except OSError as error:                              # its reader has gone, or a disk is full
+        sys.stdout = open(os.devnull, "w")
+        with suppress(OSError):
+            print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
 
 
 def launch(main):
@@ -233,8 +255,8 @@ def load_images(dataset, data_dir, split):
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    with naming(f"--dataset {dataset}", f"cannot download it to {data_dir}", "put it there and name "
-                "--data-dir, or use --dataset folder or synthetic"):
+    with naming(f"--dataset {dataset}", f"cannot download it to {data_dir}",
+                "put it there and name --data-dir, or use --dataset folder or synthetic"):
         source = getattr(torchvision.datasets, dataset.upper())
         try:
             data = source(data_dir, split == "train")
@@ -342,8 +364,8 @@ def eight_bits(image, path):
     gray, bits = np.asarray(image), tags[258][0]
     if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F" or bits > 16
             or gray.min() < 0):
-        raise UserError(f"{path}: {image.format} of mode {image.mode} has no range of its own; save "
-                        "it with 8 or 16 bits")
+        raise UserError(f"{path}: {image.format} of mode {image.mode} has no range of its own; "
+                        "save it with 8 or 16 bits")
     alpha = 255 * (gray != image.info.get("transparency"))
     gray = gray * (255 / (2 ** bits - 1))
     gray = gray if tags.get(262) else 255 - gray
@@ -395,7 +417,7 @@ def training_images(args):
     return images[keep] if args.subset else images
 
 
-# --- Augmentation: batched, every image with parameters of its own --------------------------
+# --- Augmentation: batched, every image with parameters of its own ---------------------------
 # Any function from images to as many in [0, 1] can take the place of `augment`.
 
 
@@ -517,12 +539,26 @@ def mlp(in_dim, hidden_dim, out_dim):
                          nn.Linear(hidden_dim, out_dim))
 
 
+def pool(maps):
+    """Mean and variance over the pixels of each channel: (B, C, H, W) -> (B, 2C), in fp32."""
+    variance, mean = torch.var_mean(maps.float(), (2, 3), correction=0)
+    return torch.cat([mean, variance], 1)
+
+
+def conv(in_channels, out_channels):
+    """3x3 convolution, LeakyReLU. He initialisation: PyTorch's own leaves f near 0 for good."""
+    layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(layer.weight, a=0.1)
+    nn.init.zeros_(layer.bias)
+    return layer, nn.LeakyReLU(0.1)
+
+
 class Discriminator(nn.Module):
     """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). Shaped like ADE's, arXiv:1904.12083.
 
     `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
     the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise` has seen augmented images. `rotation` is the rotation loss's head, on the raw
+    `standardise_features` has seen augmented images. `rotation` is the rotation loss's head, on raw
     features.
     """
 
@@ -554,20 +590,6 @@ class Discriminator(nn.Module):
         maps, dim = self.maps(x), self.dims[layers]
         pooled = torch.cat([pool(m) for m in (maps if layers == "all" else maps[-1:])], 1)
         return (pooled - self.feature_mean[-dim:]) / self.feature_std[-dim:]       # (B, dim)
-
-
-def pool(maps):
-    """Mean and variance over the pixels of each channel: (B, C, H, W) -> (B, 2C), in fp32."""
-    variance, mean = torch.var_mean(maps.float(), (2, 3), correction=0)
-    return torch.cat([mean, variance], 1)
-
-
-def conv(in_channels, out_channels):
-    """3x3 convolution, LeakyReLU. He initialisation: PyTorch's own leaves f near 0 for good."""
-    layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    nn.init.kaiming_normal_(layer.weight, a=0.1)
-    nn.init.zeros_(layer.bias)
-    return layer, nn.LeakyReLU(0.1)
 
 
 class Generator(nn.Module):
@@ -766,266 +788,121 @@ def ema_update(target, online, tau):
     torch._foreach_lerp_([*target.parameters()], [*online.parameters()], 1 - tau)
 
 
-# --- Energy-based model: f, and where its negatives come from, on the same images ------------
-# An objective is a step function, named in EBM_ADAM, `ebm_rounds` and --ebm-objective's choices.
-
-EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
-EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
-EBM_ROUND = 100                                     # iterations between two lines of the log
+# --- Devices: which one computes, in what format, and how a step reaches it ------------------
+# No method and no loss is changed by any of it.
 
 
-class ReplayBuffer(nn.Module):
-    """The ends of 10,000 Langevin chains, to go on from (IGEBM, arXiv:1903.08689)."""
+def prepare_device(args):
+    """Check the device; join torchrun's ranks, if any, which wait up to a day for rank 0's EBM."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    started = any(map(os.environ.get, names)) and not dist.is_initialized()
+    if started and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        there = torch.zeros(1, device=args.device)
+        there.cpu()
+        if there.is_cuda:
+            torch.cuda.set_device(there.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    try:
+        if started:
+            number, ranks, _ = (int(os.environ[name]) for name in names[:3])
+            if not 0 <= number < ranks:
+                raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
+            dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
+                        f"torchrun, or unset its variables, {', '.join(names)}") from None
+    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
+        raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
+    if there.is_cuda:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("highest")           # whatever the environment says
 
-    def __init__(self, size=10000):
-        super().__init__()
-        self.register_buffer("images", torch.rand(size, 3, 32, 32).half())
 
+def in_bf16(args):
+    """Whether the networks compute in bf16: --precision, auto being where the device is fast in it.
 
-def ebm_networks(args):
-    """{name: module or optimizer}, the names being the parameters of the objective's step.
-
-    EBM_ADAM: the learning rates of D and G, and Adam's second beta, which bounds a step of a weight
-    at lr / sqrt(1 - beta_2). `ade` has its authors' 0.999, and spectral norm on f.
+    A CPU is so with AMX, or with AVX512's bf16 on AMD's; on Intel's that is slower than fp32.
     """
-    (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
-    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True,
-                   capturable=torch.device(args.device).type == "cuda")
-    d = Discriminator(args.width)
-    for layer in [*d.stages.modules(), d.linear] if ade else []:
-        if hasattr(layer, "weight"):
-            spectral_norm(layer)
-    state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
-    if args.ebm_objective == "cd":
-        return {**state, "replay": ReplayBuffer().to(args.device)}
-    g = (NoisyGenerator if ade else Generator)(args.width).to(args.device)
-    return {**state, "g": g, "optimizer_g": adam(g.parameters(), lr_g)}
+    kind = torch.device(args.device).type
+    if args.precision != "auto":
+        return args.precision == "bf16"
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    info = Path("/proc/cpuinfo")
+    amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
-@contextmanager
-def normalised(d):
-    """Within, d's weights are those that spectral norm makes of them now, once and in fp32."""
-    with parametrize.cached():
-        with torch.autocast(d.linear.bias.device.type, enabled=False):
-            for layer in d.modules():
-                getattr(layer, "weight", None)                      # one power iteration
-        yield
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=in_bf16(args))
 
 
-def bake(d):
-    """d, which keeps for good the weights that spectral norm makes of its own, if it has it."""
-    for layer in d.eval().modules():                                # eval: no power iteration
-        if parametrize.is_parametrized(layer):
-            parametrize.remove_parametrizations(layer, "weight")
-    return d
+def compile_networks(model, args):
+    """The model, with --compile its encoders and f by torch.compile; no weight changes its name."""
+    for part in model.children() if args.compile else []:
+        if isinstance(part, (Encoder, Discriminator)):
+            part.compile()
+            if isinstance(part, Discriminator):
+                part.features = torch.compile(part.features)
+    return model
 
 
-def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
-    """One step of a logistic GAN on images x (B, 3, 32, 32), its samples refined by the sampler.
+def captured(step, args):
+    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU soon as a CUDA graph.
 
-    x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
-    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`, gradient
-    penalties among them. G climbs f(x_s), its gradient passing straight through the steps, which
-    are additive. Returns the meters.
+    The first three calls run as they are written, on the stream that will capture, as autograd
+    keeps to its stream; so does x of another shape. The fourth call is captured, it and later ones
+    are replayed: what is computed in Python, and not on the GPU, stays as it was then. Random
+    numbers go on as without. Raises UserError where `step` waits for the GPU.
     """
-    b = len(x)
-    x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
-    x_0 = torch.cat([x_g, mix_with_noise(x[:b // 4], 0.6)])                        # (B, 3, 32, 32)
-    x_s = langevin(d, x_0, steps=5, **EBM_LANGEVIN)
-    meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
-                                rotation_weight, d, optimizer_d)
-    x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
-    generator_step(x_s, 0, rotation_weight, d, optimizer_g)
-    return meters
+    if (torch.device(args.device).type != "cuda" or world_size() > 1
+            or getattr(args, "compile", False) or getattr(args, "eager", False)):
+        return step
+    stream, graph, held, results, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [], {}, 0
+
+    def replay(x):
+        if not held:
+            held.append(x.clone())
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    results.update(step(held[0]))
+            except RuntimeError as error:
+                raise UserError(f"a step cannot be captured as a CUDA graph "
+                                f"({str(error).splitlines()[0]}); use --eager") from error
+        held[0].copy_(x)
+        graph.replay()
+        return {name: value.detach().clone() for name, value in results.items()}
+
+    def call(x):
+        nonlocal calls
+        calls += 1
+        as_written = calls <= 3 or held and x.shape != held[0].shape
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            terms = step(x) if as_written else replay(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        return terms
+    return call
 
 
-def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
-    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
-
-    x_s, p_T: the ends of `adversarial_dynamics` from G's x_0 and p_0 ~ N(0, (1e-4)^2).
-    D descends f(x_s) - f(x), under spectral norm. G and its eps descend
-    -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
-    Returns the meters.
-    """
-    x_0, log_sigma = g.start(torch.randn(len(x), g.z_dim, device=x.device))        # (B, 3, 32, 32)
-    with normalised(d):
-        x_s, p = adversarial_dynamics(d, x_0, 1e-4 * torch.randn_like(x_0), g.eps)
-        meters = discriminator_step(x, x_s.detach(), lambda real, sample: sample - real,
-                                    rotation_weight, d, optimizer_d, penalty_weight=0)
-    kinetic, entropy = p.square().sum((1, 2, 3)).mean(), log_sigma.sum((1, 2, 3)).mean()
-    generator_step(x_s, 1e-5 * (kinetic - entropy), rotation_weight, d, optimizer_g)
-    return meters | {"kinetic": kinetic.detach(), "entropy": entropy.detach(),
-                     "eps": g.eps.detach().mean()}
+def distribute(model):
+    """The model, under DistributedDataParallel where there are several ranks."""
+    if world_size() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        show("CPU ranks: each normalises by the statistics of its own share of the batch")
+    return nn.parallel.DistributedDataParallel(model)
 
 
-def cd_step(x, rotation_weight, d, optimizer_d, replay):
-    """One step of contrastive divergence as in IGEBM (arXiv:1903.08689) on images x (B, 3, 32, 32).
-
-    x_s: where chains of `replay` are after 15 more Langevin steps, 5 % of them begun at U(0, 1).
-    D descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 + the terms of `discriminator_step`, whose penalty
-    takes the place of IGEBM's spectral norm. Returns the meters.
-    """
-    index = torch.randperm(len(replay.images), device=x.device)[:len(x)]           # distinct
-    x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
-    fresh = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
-    x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **EBM_LANGEVIN)
-    replay.images[index] = x_s.half()
-    return discriminator_step(
-        x, x_s, lambda real, sample: sample - real + real.square() + sample.square(),
-        rotation_weight, d, optimizer_d)
-
-
-def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty_weight=5):
-    """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
-
-    D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
-    rotation_weight times the rotation loss. The meter `clamped` is the share of grad f(x_s) that
-    `langevin` would clamp.
-    """
-    both = torch.cat([x, x_s]).requires_grad_()
-    f = d(both).float()                                                            # (2B,)
-    gradient, = torch.autograd.grad(f.sum(), both, retain_graph=True,
-                                    create_graph=penalty_weight > 0)
-    penalty = gradient.square().sum((1, 2, 3)).mean() * 2
-    f_real, f_sample = f.chunk(2)
-    loss, meters = loss_of(f_real, f_sample).mean() + penalty_weight * penalty, {}
-    if rotation_weight:
-        meters["rotation"] = rotation_loss(d, x)
-        loss = loss + rotation_weight * meters["rotation"]
-    optimizer_d.zero_grad()
-    loss.backward()
-    optimizer_d.step()
-
-    meters |= {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
-               "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
-               "auc": (f_real[:, None] > f_sample).float().mean(),
-               "clamped": (gradient[len(x):].abs() >= EBM_LANGEVIN["grad_clip"]).float().mean(),
-               "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
-               "data_std": x.std(0).mean()}
-    return {name: value.detach() for name, value in meters.items()}
-
-
-def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
-    """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
-    d.requires_grad_(False)
-    with normalised(d):
-        loss = loss - d(x_s).float().mean()
-        if rotation_weight:
-            loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
-    optimizer_g.zero_grad()
-    loss.backward()
-    optimizer_g.step()
-    d.requires_grad_(True)
-
-
-def rotation_loss(d, x):
-    """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
-    x = x[:max(1, len(x) // 4)]
-    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
-    turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
-    return F.cross_entropy(d.rotation(d.features(turned)).float(), turns)
-
-
-def train_ebm(images, args):
-    """The frozen f of the EBM in the file args.ebm, trained first if there is none.
-
-    images: uint8 (N, 3, 32, 32); args: the flags. Writes f and the generator to args.ebm, X.pt, its
-    log, checkpoint and a picture of samples to the directory X.ebm. Resumes. Raises UserError where
-    f explodes, or was made of other images or with other flags.
-    """
-    path = Path(args.ebm)
-    if not path.exists():
-        config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
-                  "computed_in": "bf16" if in_bf16(args) else "fp32"}
-        training = Training(path.with_suffix(".ebm"), config)
-        training.hold(wait=True)
-        try:
-            if not path.exists():                         # else another process has just made it
-                state = ebm_rounds(training, images.to(args.device), args)
-                finish_ebm(path, training, images, args, **state)
-        finally:
-            training.lock.release()
-    with reading(path) as saved:
-        same_config(path, saved["config"], ebm_config(images, args))
-    return load_ebm(path, args.device)
-
-
-def ebm_rounds(training, images, args):
-    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}."""
-    torch.manual_seed(seed_of(args.seed))
-    state = ebm_networks(args)
-    objective = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
-
-    def whole_step(x):
-        with autocast(args):
-            return objective(x, args.ebm_rotation, **state)
-    step = captured(whole_step, args)
-
-    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, state):
-        torch.manual_seed(seed_of(args.seed, start))
-        for _ in range(start, end):
-            x = images[torch.randint(len(images), (64,), device=images.device)] / 255
-            training.log(**step(x))
-        row = training.means()
-        stop_if_exploded(row, state["d"], training.path, args.ebm)
-        training.keep(row, "f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  clamped "
-                           "{clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
-    bake(state["d"])
-    return state
-
-
-def stop_if_exploded(row, d, log, path):
-    """Raise UserError where the means of a round, or the weights after it, are not of an energy."""
-    finite = all(p.isfinite().all() for p in d.parameters())
-    if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-        raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
-                        f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
-                        f"{log} has its log; try another --seed in another --ebm")
-
-
-def standardise(d, images, args):
-    """Let each feature of d have mean 0 and variance 1 over images (N, 3, H, W), uint8, which are
-    always augmented alike."""
-    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
-    with torch.no_grad(), autocast(args):
-        features = torch.cat([d.features(augment(x.to(args.device)), "all")
-                              for x in images.split(500)])
-    std, mean = torch.std_mean(features, 0, correction=0)
-    d.feature_mean = d.feature_mean + d.feature_std * mean
-    d.feature_std = (d.feature_std * std).clamp_min(1e-6)
-
-
-def finish_ebm(path, training, images, args, d, g=None, replay=None, **optimizers):
-    """Write f, its features standardised, and a picture of images and of samples, before and after
-    15 Langevin steps."""
-    standardise(d, images, args)
-    x = images[:32].to(args.device) / 255                                          # (32, 3, 32, 32)
-    with torch.no_grad():
-        x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
-               else replay.images[:len(x)].float())
-    x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
-    save_image(torch.cat([x, x_0, x_s]), training.path / "samples.png", nrow=16)
-    networks = {"d": d, "g": g} if g else {"d": d}
-    save(path, config=training.config, **{n: x.state_dict() for n, x in networks.items()})
-    (training.path / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def ebm_config(images, args, *more):
-    """What an EBM was trained on, and how: flags, `more` too, and a checksum of the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", *more]
-    return {**{flag: getattr(args, flag) for flag in flags},
-            "version": VERSION, "images": checksum(images)}
-
-
-def load_ebm(path, device):
-    """The discriminator f in the file `path`, on `device`, its weights frozen."""
-    with reading(path) as saved:
-        d = Discriminator(saved["config"]["width"])
-        d.load_state_dict(saved["d"])
-    return d.to(device).requires_grad_(False)
-
-
-# --- Files: whole or not at all, ours or refused; and lines on the terminal -------------------
+# --- Files: whole or not at all, ours or refused; and what a run is known by -----------------
 # The one place that writes and reads; what a file holds is its caller's affair.
 
 
@@ -1072,6 +949,17 @@ def reading(path):
         yield content
 
 
+def checksum(*tensors):
+    """CRC-32 of the tensors' bytes, which stands for their content in a config."""
+    return reduce(lambda crc, x: zlib.crc32(x.detach().cpu().contiguous().numpy(), crc), tensors, 0)
+
+
+VERSION = 2                                               # without one, ade was what gan is now
+NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager", "computed_in"}
+NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
+             "done": "another checkpoint"}
+
+
 def same_config(path, saved, wanted):
     """UserError where what is at `path` was made with other flags, images or EBM than wanted."""
     if saved.get("computed_in") and wanted.get("computed_in"):         # older code did not note it
@@ -1090,30 +978,75 @@ def same_on_all_ranks(**config):
         same_config(f"rank {number}, unlike rank 0", other, configs[0])
 
 
-NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
-             "done": "another checkpoint"}
+def name_files(parser, args):
+    """Name the run's directory and its EBM's file by the flags that make them what they are."""
+    differing = [f"{flag}={value}" for flag, value in vars(args).items()
+                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
+    name = "-".join([args.script, *differing])
+    if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
+        raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
+    if "run_dir" in args:
+        args.run_dir = args.run_dir or f"runs/{name}"
+    parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
+             f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
+             f"seed={args.seed}" if args.seed else "", args.ebm_iters]
+    args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
+    if Path(args.ebm).suffix != ".pt":
+        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
+    at, its = map(os.path.realpath, (getattr(args, "run_dir", args.ebm), args.ebm[:-2] + "ebm"))
+    if at == its or at.endswith(".ebm"):
+        raise UserError(f"--run-dir {args.run_dir}: is an EBM's (--ebm {args.ebm}); name another")
 
 
-def checksum(*tensors):
-    """CRC-32 of the tensors' bytes, which stands for their content in a config."""
-    return reduce(lambda crc, x: zlib.crc32(x.detach().cpu().contiguous().numpy(), crc), tensors, 0)
+def parse_flags(parser, argv=None):
+    """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
+    if parser.parse_known_args(argv)[0].smoke:
+        parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
+    parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
+    args = parser.parse_args(argv)
+    if getattr(args, "use", "") == "dataset" and args.view == "augment":
+        raise UserError("--view augment: there is no third view with --use dataset")
+    name_files(parser, args)
+    prepare_device(args)
+    return args
 
 
-def show(line, passing=False):
-    """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
-    try:
-        if rank() == 0 and sys.stdout.isatty():
-            print("\r\033[K" + line, end="" if passing else "\n", flush=True)
-        elif rank() == 0 and not passing:
-            print(line, flush=True)
-    except OSError as error:                              # its reader has gone, or a disk is full
-        sys.stdout = open(os.devnull, "w")
-        with suppress(OSError):
-            print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
+# --- Training: rounds of it in a directory, which resume -------------------------------------
+# An EBM's as well as a script's; a round is an epoch, or some iterations.
 
 
-# --- Runs: a directory with config.json, log.jsonl and checkpoint.pt --------------------------
-# `Training` is whatever goes on in rounds and resumes, an EBM's too; `Run` is a script's.
+def seed_of(*numbers):
+    """A seed that depends on each of the numbers, such as (seed, epoch, rank)."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
+
+
+def mean_of(rows, ranks=1):
+    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
+    means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
+    if ranks > 1:
+        dist.all_reduce(means)
+    return dict(zip(rows[0], (means / ranks).tolist()))
+
+
+def start_log(path, counter, done, device):
+    """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
+    if path.exists():
+        with naming(path, "a line is not ours", "mend or remove it"):
+            lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
+            for line in lines[:1]:
+                json.loads(line)["argv"]                  # the first is on the origin
+            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
+        write_whole(path, lambda file: file.write_text(kept))
+    commit, _, changes = subprocess.run(                  # of the repository that has this code
+        "unset $(git rev-parse --local-env-vars); git cat-file -e HEAD:./common.py && "
+        "git rev-parse HEAD && git status --porcelain -uall ':(glob)*.py'", shell=True,
+        cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.partition("\n")
+    append(path, {"argv": sys.argv, "commit": commit + "+changes" * bool(changes) or None,
+                  "python": sys.version.split()[0], "torch": torch.__version__,
+                  "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+                  "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
+                  "cpu": torch.backends.cpu.get_cpu_capability()})
+
 
 CHECKPOINT_SECONDS = 60                                   # at least, between two checkpoints
 
@@ -1129,9 +1062,9 @@ class Training:
     def __init__(self, path, config):
         self.path, self.config, self.ranks = Path(path), config, 1
         self.lock = FileLock(self.path / ".lock")
-        self.check()
+        self.check_config()
 
-    def check(self):
+    def check_config(self):
         """UserError where the directory holds what was made with another config."""
         made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
         self.saved = self.config
@@ -1140,7 +1073,7 @@ class Training:
                 if any((self.path / name).exists() for name in made):
                     same_config(self.path, self.saved, self.config)
 
-    def hold(self, wait=False):
+    def lock_directory(self, wait=False):
         """Make the directory and keep others out of it, until `lock` is released or the process
         ends. Where another process is at it, raises UserError, or waits."""
         if rank() == 0 and not self.lock.is_locked:
@@ -1156,7 +1089,7 @@ class Training:
                 self.lock.acquire()
             except (OSError, NotImplementedError) as error:         # the latter: it has no locks
                 raise UserError(f"{self.path}: {error.args[-1]}; name another place") from None
-        self.check()
+        self.check_config()
 
     def rounds(self, counter, total, size, state):
         """Yield the rounds that are left, as (start, end) in epochs or iterations.
@@ -1164,7 +1097,7 @@ class Training:
         counter: "epoch" or "iteration"; total: how many; size: of a round; state: {name: what has
         a state_dict}. Who takes a round seeds it, logs its steps, and at its end keeps its row.
         """
-        self.hold()
+        self.lock_directory()
         self.counter, self.total, self.state = counter, total, state
         self.done = self.first = self.restore(state)
         if self.ranks > 1:
@@ -1213,24 +1146,282 @@ class Training:
             return saved["done"]
 
 
-def start_log(path, counter, done, device):
-    """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
-    if path.exists():
-        with naming(path, "a line is not ours", "mend or remove it"):
-            lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
-            for line in lines[:1]:
-                json.loads(line)["argv"]                  # the first is on the origin
-            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
-        write_whole(path, lambda file: file.write_text(kept))
-    commit, _, changes = subprocess.run(                  # of the repository that has this code
-        "unset $(git rev-parse --local-env-vars); git cat-file -e HEAD:./common.py && "
-        "git rev-parse HEAD && git status --porcelain -uall ':(glob)*.py'", shell=True,
-        cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.partition("\n")
-    append(path, {"argv": sys.argv, "commit": commit + "+changes" * bool(changes) or None,
-                  "python": sys.version.split()[0], "torch": torch.__version__,
-                  "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-                  "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
-                  "cpu": torch.backends.cpu.get_cpu_capability()})
+# --- Energy-based model: f, and where its negatives come from, on the same images ------------
+# Its network is f where it is an energy, `discriminator` where it is an encoder, d in these steps.
+# An objective is a step function, named in EBM_ADAM, `ebm_rounds` and --ebm-objective's choices.
+
+EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
+EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
+EBM_ROUND = 100                                     # iterations between two lines of the log
+
+
+class ReplayBuffer(nn.Module):
+    """The ends of 10,000 Langevin chains, to go on from (IGEBM, arXiv:1903.08689)."""
+
+    def __init__(self, size=10000):
+        super().__init__()
+        self.register_buffer("images", torch.rand(size, 3, 32, 32).half())
+
+
+def ebm_networks(args):
+    """{name: module or optimizer}, the names being the parameters of the objective's step.
+
+    EBM_ADAM: the learning rates of D and G, and Adam's second beta, which bounds a step of a weight
+    at lr / sqrt(1 - beta_2). `ade` has its authors' 0.999, and spectral norm on f.
+    """
+    (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
+    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True,
+                   capturable=torch.device(args.device).type == "cuda")
+    d = Discriminator(args.width)
+    for layer in [*d.stages.modules(), d.linear] if ade else []:
+        if hasattr(layer, "weight"):
+            spectral_norm(layer)
+    state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
+    if args.ebm_objective == "cd":
+        return {**state, "replay": ReplayBuffer().to(args.device)}
+    g = (NoisyGenerator if ade else Generator)(args.width).to(args.device)
+    return {**state, "g": g, "optimizer_g": adam(g.parameters(), lr_g)}
+
+
+@contextmanager
+def spectral_weights(d):
+    """Within, d's weights are those that spectral norm makes of them now, once and in fp32."""
+    with parametrize.cached():
+        with torch.autocast(d.linear.bias.device.type, enabled=False):
+            for layer in d.modules():
+                getattr(layer, "weight", None)                      # one power iteration
+        yield
+
+
+def fix_spectral_norm(d):
+    """d, which keeps for good the weights that spectral norm makes of its own, if it has it."""
+    for layer in d.eval().modules():                                # eval: no power iteration
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    return d
+
+
+def rotation_loss(d, x):
+    """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
+    x = x[:max(1, len(x) // 4)]
+    turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
+    turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
+    return F.cross_entropy(d.rotation(d.features(turned)).float(), turns)
+
+
+def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty_weight=5):
+    """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
+
+    D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
+    rotation_weight times the rotation loss. The meter `clamped` is the share of grad f(x_s) that
+    `langevin` would clamp.
+    """
+    both = torch.cat([x, x_s]).requires_grad_()
+    f = d(both).float()                                                            # (2B,)
+    gradient, = torch.autograd.grad(f.sum(), both, retain_graph=True,
+                                    create_graph=penalty_weight > 0)
+    penalty = gradient.square().sum((1, 2, 3)).mean() * 2
+    f_real, f_sample = f.chunk(2)
+    loss, meters = loss_of(f_real, f_sample).mean() + penalty_weight * penalty, {}
+    if rotation_weight:
+        meters["rotation"] = rotation_loss(d, x)
+        loss = loss + rotation_weight * meters["rotation"]
+    optimizer_d.zero_grad()
+    loss.backward()
+    optimizer_d.step()
+
+    meters |= {"f_real": f_real.mean(), "f_sample": f_sample.mean(),
+               "gap": f_real.mean() - f_sample.mean(), "penalty": penalty,
+               "auc": (f_real[:, None] > f_sample).float().mean(),
+               "clamped": (gradient[len(x):].abs() >= EBM_LANGEVIN["grad_clip"]).float().mean(),
+               "sample_mean": x_s.mean(), "sample_std": x_s.std(0).mean(),
+               "data_std": x.std(0).mean()}
+    return {name: value.detach() for name, value in meters.items()}
+
+
+def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
+    """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
+    d.requires_grad_(False)
+    with spectral_weights(d):
+        loss = loss - d(x_s).float().mean()
+        if rotation_weight:
+            loss = loss + 0.2 * rotation_weight * rotation_loss(d, x_s)
+    optimizer_g.zero_grad()
+    loss.backward()
+    optimizer_g.step()
+    d.requires_grad_(True)
+
+
+def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of a logistic GAN on images x (B, 3, 32, 32), its samples refined by the sampler.
+
+    x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
+    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`, gradient
+    penalties among them. G climbs f(x_s), its gradient passing straight through the steps, which
+    are additive. Returns the meters.
+    """
+    b = len(x)
+    x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
+    x_0 = torch.cat([x_g, mix_with_noise(x[:b // 4], 0.6)])                        # (B, 3, 32, 32)
+    x_s = langevin(d, x_0, steps=5, **EBM_LANGEVIN)
+    meters = discriminator_step(x, x_s, lambda real, sample: F.softplus(-real) + F.softplus(sample),
+                                rotation_weight, d, optimizer_d)
+    x_s = x_g + (x_s - x_0).detach()[:len(x_g)]
+    generator_step(x_s, 0, rotation_weight, d, optimizer_g)
+    return meters
+
+
+def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
+    """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
+
+    x_s, p_T: the ends of `adversarial_dynamics` from G's x_0 and p_0 ~ N(0, (1e-4)^2).
+    D descends f(x_s) - f(x), under spectral norm. G and its eps descend
+    -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
+    Returns the meters.
+    """
+    x_0, log_sigma = g.start(torch.randn(len(x), g.z_dim, device=x.device))        # (B, 3, 32, 32)
+    with spectral_weights(d):
+        x_s, p = adversarial_dynamics(d, x_0, 1e-4 * torch.randn_like(x_0), g.eps)
+        meters = discriminator_step(x, x_s.detach(), lambda real, sample: sample - real,
+                                    rotation_weight, d, optimizer_d, penalty_weight=0)
+    kinetic, entropy = p.square().sum((1, 2, 3)).mean(), log_sigma.sum((1, 2, 3)).mean()
+    generator_step(x_s, 1e-5 * (kinetic - entropy), rotation_weight, d, optimizer_g)
+    return meters | {"kinetic": kinetic.detach(), "entropy": entropy.detach(),
+                     "eps": g.eps.detach().mean()}
+
+
+def cd_step(x, rotation_weight, d, optimizer_d, replay):
+    """One step of contrastive divergence as in IGEBM (arXiv:1903.08689) on images x (B, 3, 32, 32).
+
+    x_s: where chains of `replay` are after 15 more Langevin steps, 5 % of them begun at U(0, 1).
+    D descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 + the terms of `discriminator_step`, whose penalty
+    takes the place of IGEBM's spectral norm. Returns the meters.
+    """
+    index = torch.randperm(len(replay.images), device=x.device)[:len(x)]           # distinct
+    x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
+    fresh = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
+    x_s = langevin(d, torch.where(fresh, torch.rand_like(x_0), x_0), steps=15, **EBM_LANGEVIN)
+    replay.images[index] = x_s.half()
+    return discriminator_step(
+        x, x_s, lambda real, sample: sample - real + real.square() + sample.square(),
+        rotation_weight, d, optimizer_d)
+
+
+def stop_if_exploded(row, d, log, path):
+    """Raise UserError where the means of a round, or the weights after it, are not of an energy."""
+    finite = all(p.isfinite().all() for p in d.parameters())
+    if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
+        raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
+                        f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
+                        f"{log} has its log; try another --seed in another --ebm")
+
+
+def ebm_rounds(training, images, args):
+    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}."""
+    torch.manual_seed(seed_of(args.seed))
+    state = ebm_networks(args)
+    objective = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
+
+    def whole_step(x):
+        with autocast(args):
+            return objective(x, args.ebm_rotation, **state)
+    step = captured(whole_step, args)
+
+    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, state):
+        torch.manual_seed(seed_of(args.seed, start))
+        for _ in range(start, end):
+            x = images[torch.randint(len(images), (64,), device=images.device)] / 255
+            training.log(**step(x))
+        row = training.means()
+        stop_if_exploded(row, state["d"], training.path, args.ebm)
+        training.keep(row, "f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  clamped "
+                           "{clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
+    fix_spectral_norm(state["d"])
+    return state
+
+
+def standardise_features(d, images, args):
+    """Let each feature of d have mean 0 and variance 1 over images (N, 3, H, W), uint8, which are
+    always augmented alike."""
+    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
+    with torch.no_grad(), autocast(args):
+        features = torch.cat([d.features(augment(x.to(args.device)), "all")
+                              for x in images.split(500)])
+    std, mean = torch.std_mean(features, 0, correction=0)
+    d.feature_mean = d.feature_mean + d.feature_std * mean
+    d.feature_std = (d.feature_std * std).clamp_min(1e-6)
+
+
+def finish_ebm(path, training, images, args, d, g=None, replay=None, **optimizers):
+    """Write f, its features standardised, and a picture of images and of samples, before and after
+    15 Langevin steps."""
+    standardise_features(d, images, args)
+    x = images[:32].to(args.device) / 255                                          # (32, 3, 32, 32)
+    with torch.no_grad():
+        x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
+               else replay.images[:len(x)].float())
+    x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
+    save_image(torch.cat([x, x_0, x_s]), training.path / "samples.png", nrow=16)
+    networks = {"d": d, "g": g} if g else {"d": d}
+    save(path, config=training.config, **{n: x.state_dict() for n, x in networks.items()})
+    (training.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def ebm_config(images, args, *more):
+    """What an EBM was trained on, and how: flags, `more` too, and a checksum of the images."""
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", *more]
+    return {**{flag: getattr(args, flag) for flag in flags},
+            "version": VERSION, "images": checksum(images)}
+
+
+def load_ebm(path, device):
+    """The discriminator f in the file `path`, on `device`, its weights frozen."""
+    with reading(path) as saved:
+        d = Discriminator(saved["config"]["width"])
+        d.load_state_dict(saved["d"])
+    return d.to(device).requires_grad_(False)
+
+
+def train_ebm(images, args):
+    """The frozen f of the EBM in the file args.ebm, trained first if there is none.
+
+    images: uint8 (N, 3, 32, 32); args: the flags. Writes f and the generator to args.ebm, X.pt, its
+    log, checkpoint and a picture of samples to the directory X.ebm. Resumes. Raises UserError where
+    f explodes, or was made of other images or with other flags.
+    """
+    path = Path(args.ebm)
+    if not path.exists():
+        config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
+                  "computed_in": "bf16" if in_bf16(args) else "fp32"}
+        training = Training(path.with_suffix(".ebm"), config)
+        training.lock_directory(wait=True)
+        try:
+            if not path.exists():                         # else another process has just made it
+                state = ebm_rounds(training, images.to(args.device), args)
+                finish_ebm(path, training, images, args, **state)
+        finally:
+            training.lock.release()
+    with reading(path) as saved:
+        same_config(path, saved["config"], ebm_config(images, args))
+    return load_ebm(path, args.device)
+
+
+# --- Run: a script's training and its results ------------------------------------------------
+# What the scripts' main calls, in that order.
+
+
+def data_checksum(args):
+    """Of the images and labels that the test split's accuracies are of."""
+    return checksum(*(x for split in ("train", "test")
+                      for x in load_images(args.dataset, args.data_dir, split)))
+
+
+def describe(result):
+    """Two lines of the accuracies (%) in an eval.json."""
+    return "\n".join(
+        f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  cosine kNN "
+        f"{row['knn_cosine']:.2f}  ({result.get('split', 'test')} accuracy, %)"
+        for name, row in [("trained", result), ("untrained", result["untrained"])])
 
 
 class Run(Training):
@@ -1271,13 +1462,13 @@ class Run(Training):
     def get_ebm(self, images):
         """The frozen f of the run's EBM, which rank 0 trains first if there is none."""
         if not Path(self.args.ebm).exists():
-            self.hold()                                   # as soon as it can take long
+            self.lock_directory()                                   # as soon as it can take long
         if rank() == 0:
             train_ebm(images, self.args)
         barrier()
         f = load_ebm(self.args.ebm, self.args.device)
         self.config["f"] = checksum(*f.state_dict().values())
-        self.check()
+        self.check_config()
         return f
 
     def epochs(self, **state):
@@ -1327,7 +1518,7 @@ class Run(Training):
 
     def save_chain(self, f, x):
         """Keep the chains of images x (B, 3, H, W), uint8, as langevin.png and chain.json."""
-        self.hold()
+        self.lock_directory()
         if rank() > 0 or (self.path / "chain.json").exists():
             return
         write_json(self.path / "config.json", self.config)
@@ -1338,8 +1529,8 @@ class Run(Training):
                     partial(save_image, picture, nrow=len(x), format="png"))
         write_json(self.path / "chain.json", numbers)
         values, psnr = numbers["f"], numbers["psnr"]
-        show(f"Langevin from I_0 to I_{self.args.steps}: f {values[0]:.2f} to {values[-1]:.2f} (of x "
-             f"{numbers['f_of_x']:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
+        show(f"Langevin from I_0 to I_{self.args.steps}: f {values[0]:.2f} to {values[-1]:.2f} "
+             f"(of x {numbers['f_of_x']:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
 
     def chain_ends(self, f, images):
         """The end of a chain from each of images (N, 3, H, W), uint8; made once, generated.pt."""
@@ -1365,188 +1556,6 @@ class Run(Training):
             show(describe(result))
             write_json(self.path / "eval.json", result)
         barrier()
-
-
-def data_checksum(args):
-    """Of the images and labels that the test split's accuracies are of."""
-    return checksum(*(x for split in ("train", "test")
-                      for x in load_images(args.dataset, args.data_dir, split)))
-
-
-def describe(result):
-    """Two lines of the accuracies (%) in an eval.json."""
-    return "\n".join(
-        f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  cosine kNN "
-        f"{row['knn_cosine']:.2f}  ({result.get('split', 'test')} accuracy, %)"
-        for name, row in [("trained", result), ("untrained", result["untrained"])])
-
-
-def seed_of(*numbers):
-    """A seed that depends on each of the numbers, such as (seed, epoch, rank)."""
-    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
-
-
-def mean_of(rows, ranks=1):
-    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
-    means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
-    if ranks > 1:
-        dist.all_reduce(means)
-    return dict(zip(rows[0], (means / ranks).tolist()))
-
-
-# --- Devices: one or several, and what they compute in ---------------------------------------
-# All that knows of ranks, device kinds and number formats.
-
-
-def set_up(args):
-    """Check the device; join torchrun's ranks, if any, which wait up to a day for rank 0's EBM."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
-    started = any(map(os.environ.get, names)) and not dist.is_initialized()
-    if started and args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        there = torch.zeros(1, device=args.device)
-        there.cpu()
-        if there.is_cuda:
-            torch.cuda.set_device(there.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    try:
-        if started:
-            number, ranks, _ = (int(os.environ[name]) for name in names[:3])
-            if not 0 <= number < ranks:
-                raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
-                        f"torchrun, or unset its variables, {', '.join(names)}") from None
-    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
-        raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
-    if there.is_cuda:
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("highest")           # whatever the environment says
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def of_all_ranks(item):
-    """[the item of each rank], for which each waits."""
-    items = [item] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
-    return items
-
-
-def barrier():
-    """Wait for the other ranks."""
-    of_all_ranks(None)
-
-
-class Gather(torch.autograd.Function):
-    """All ranks' x (B, ...), concatenated in their order; backward sums over the ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
-
-
-def gather(x):
-    return Gather.apply(x) if world_size() > 1 else x
-
-
-def captured(step, args):
-    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU soon as a CUDA graph.
-
-    The first three calls run as they are written, on the stream that will capture, as autograd
-    keeps to its stream; so does x of another shape. The fourth call is captured, it and later ones
-    are replayed: what is computed in Python, and not on the GPU, stays as it was then. Random
-    numbers go on as without. Raises UserError where `step` waits for the GPU.
-    """
-    if (torch.device(args.device).type != "cuda" or world_size() > 1
-            or getattr(args, "compile", False) or getattr(args, "eager", False)):
-        return step
-    stream, graph, held, results, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [], {}, 0
-
-    def replay(x):
-        if not held:
-            held.append(x.clone())
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    results.update(step(held[0]))
-            except RuntimeError as error:
-                raise UserError(f"a step cannot be captured as a CUDA graph "
-                                f"({str(error).splitlines()[0]}); use --eager") from error
-        held[0].copy_(x)
-        graph.replay()
-        return {name: value.detach().clone() for name, value in results.items()}
-
-    def call(x):
-        nonlocal calls
-        calls += 1
-        as_written = calls <= 3 or held and x.shape != held[0].shape
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            terms = step(x) if as_written else replay(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        return terms
-    return call
-
-
-def compiled(model, args):
-    """The model, with --compile its encoders and f by torch.compile; no weight changes its name."""
-    for part in model.children() if args.compile else []:
-        if isinstance(part, (Encoder, Discriminator)):
-            part.compile()
-            if isinstance(part, Discriminator):
-                part.features = torch.compile(part.features)
-    return model
-
-
-def distribute(model):
-    """The model, under DistributedDataParallel where there are several ranks."""
-    if world_size() == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        show("CPU ranks: each normalises by the statistics of its own share of the batch")
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def in_bf16(args):
-    """Whether the networks compute in bf16: --precision, auto being where the device is fast in it.
-
-    A CPU is so with AMX, or with AVX512's bf16 on AMD's; on Intel's that is slower than fp32.
-    """
-    kind = torch.device(args.device).type
-    if args.precision != "auto":
-        return args.precision == "bf16"
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    info = Path("/proc/cpuinfo")
-    amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
-    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
-
-
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=in_bf16(args))
 
 
 def main():

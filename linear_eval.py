@@ -24,10 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, bake, captured, checksum,
-                    data_checksum, describe, ebm_networks, has_test, launch, load_ebm, load_images,
-                    naming, reading, same_config, seed_of, set_up, show, standardise,
-                    training_images, world_size)
+from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, captured, checksum,
+                    data_checksum, describe, ebm_networks, fix_spectral_norm, has_test, launch,
+                    load_ebm, load_images, naming, prepare_device, reading, same_config, seed_of,
+                    show, standardise_features, training_images, world_size)
 
 # --- Frozen features and what can be read from them ------------------------------------------
 
@@ -74,7 +74,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     shuffled = torch.Generator().manual_seed(0)
 
     def forward_backward(index):
-        optimizer.zero_grad(set_to_none=False)            # a last batch is smaller, and not captured
+        optimizer.zero_grad(set_to_none=False)            # a smaller last batch is not captured
         F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
         return {}
 
@@ -111,8 +111,8 @@ def labelled_images(args, split):
 
 
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
-    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum of all
-    images and labels; None where there is nothing to tell.
+    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum
+    of the images and labels; None where there is nothing to tell.
 
     Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with the
     split, and an untrained encoder's accuracies, as in eval.json.
@@ -194,8 +194,8 @@ def evaluate_ebm(path, flags):
     if flags.untrained and args.ebm_iters:
         args.ebm_iters = 0
         torch.manual_seed(seed_of(args.seed))
-        networks[0] = bake(ebm_networks(args)["d"])
-        standardise(networks[0], images, args)
+        networks[0] = fix_spectral_norm(ebm_networks(args)["d"])
+        standardise_features(networks[0], images, args)
     for iters, network in networks.items():
         for layers in ["last", "all"]:
             show(f"evaluating {path}, {iters} iterations, {layers}", passing=True)
@@ -339,7 +339,7 @@ def main():
         help="where the images are now; None: where they were, if not gone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
-    set_up(args)
+    prepare_device(args)
     if world_size() > 1:
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
     if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:

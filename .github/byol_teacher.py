@@ -13,8 +13,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from byol_disc import BYOL
-from common import (Encoder, Run, augment, autocast, checksum, compiled, distribute, launch, load,
-                    load_into, lr_factor, make_parser, number, parse_flags, target_tau,
+from common import (Encoder, Run, augment, autocast, checksum, compile_networks, distribute, launch,
+                    load, load_into, lr_factor, make_parser, number, parse_flags, target_tau,
                     training_images)
 from linear_eval import evaluate
 
@@ -64,7 +64,7 @@ def main():
     run.config["f"] = checksum(*teacher.state_dict().values())
     torch.manual_seed(args.seed)
     model = BYOL(args, teacher).to(args.device)
-    ddp = distribute(compiled(model, args))
+    ddp = distribute(compile_networks(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

@@ -46,8 +46,8 @@ import byol_disc
 import byol_langevin
 import simclr_disc
 import simclr_langevin
-from common import (Discriminator, augment, autocast, captured, compiled, draw_shapes, in_bf16,
-                    launch, lr_factor, number, set_up, target_tau)
+from common import (Discriminator, augment, autocast, captured, compile_networks, draw_shapes,
+                    in_bf16, launch, lr_factor, number, prepare_device, target_tau)
 from linear_eval import linear_accuracy
 
 METHODS = {"SimCLR": (simclr_disc, "--coeff", "0"), "SimCLR, idea 1": (simclr_langevin,),
@@ -82,7 +82,7 @@ def training_step(images, script, *flags):
         args = script.parse()
     f = Discriminator(args.width).to(args.device).requires_grad_(False)
     model = (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f).to(args.device)
-    ddp = compiled(model, args)
+    ddp = compile_networks(model, args)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     total_steps = args.epochs * (len(images) // args.batch_size)
@@ -260,7 +260,7 @@ def head(given):
     load, card, info = os.getloadavg()[0], "", Path("/proc/cpuinfo")
     smi = subprocess.run("nvidia-smi --query-gpu=driver_version,utilization.gpu,memory.used "
                          "--format=csv,noheader", shell=True, capture_output=True, text=True)
-    set_up(given)
+    prepare_device(given)
     if given.cuda:
         seen = f" (driver, use, memory: {smi.stdout.strip()})" if smi.returncode == 0 else ""
         card = f"{torch.cuda.get_device_name()}{seen}, "

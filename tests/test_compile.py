@@ -16,8 +16,8 @@ import byol_disc
 import byol_langevin
 import simclr_disc
 import simclr_langevin
-from common import (Discriminator, Encoder, UserError, compiled, draw_shapes, langevin, make_parser,
-                    set_up)
+from common import (Discriminator, Encoder, UserError, compile_networks, draw_shapes, langevin,
+                    make_parser, prepare_device)
 from linear_eval import extract_features
 from test_methods import make
 
@@ -58,10 +58,10 @@ def test_losses_are_those_without(script, graphs, backend, monkeypatch):
     plain = make(script)
     expected, names = losses(plain), list(plain.state_dict())
     assert counters["stats"]["unique_graphs"] == 0
-    losses(compiled(make(script), NO))
+    losses(compile_networks(make(script), NO))
     assert counters["stats"]["unique_graphs"] == 0                      # a control
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    method = compiled(make(script), YES)
+    method = compile_networks(make(script), YES)
     assert losses(method) == pytest.approx(expected, abs=1e-3)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert list(method.state_dict()) == names                           # no prefix of a wrapper
@@ -77,8 +77,8 @@ def test_cpus_whose_compiled_gradients_are_nan_are_refused(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))    # is there
         with pytest.raises(UserError, match="--compile: ") if refused else nullcontext():
-            set_up(SimpleNamespace(device=device, compile=True))
-        set_up(SimpleNamespace(device=device, compile=False))
+            prepare_device(SimpleNamespace(device=device, compile=True))
+        prepare_device(SimpleNamespace(device=device, compile=False))
 
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="half a minute for a C++ compiler; "
@@ -89,7 +89,7 @@ def test_a_chain_by_the_code_generator_is_that_without():
     x = torch.rand(4, 3, 32, 32)
     expected = langevin(method.f, x, 3, 10, 0.0)
     assert (expected - x).abs().max() > 1e-3
-    compiled(method, YES)
+    compile_networks(method, YES)
     assert torch.allclose(langevin(method.f, x, 3, 10, 0.0), expected, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 

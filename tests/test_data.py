@@ -213,7 +213,8 @@ def test_only_what_is_wrong_with_a_file_is_blamed_on_it(folder, monkeypatch, err
     with pytest.raises(UserError if is_the_files else type(error)) as refused:
         read_image(path)
     if is_the_files:
-        assert str(refused.value).startswith(f"{path}: not a readable image ({type(error).__name__}")
+        kind = type(error).__name__
+        assert str(refused.value).startswith(f"{path}: not a readable image ({kind}")
     else:
         assert refused.value is error
 

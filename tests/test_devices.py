@@ -215,16 +215,16 @@ def test_cuda_ranks_name_their_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch, "zeros", zeros)
     for device in ("cuda:1", "cuda", "cpu"):                                     # on one rank
-        common.set_up(SimpleNamespace(device=device))
+        common.prepare_device(SimpleNamespace(device=device))
     assert calls == [torch.device("cuda:1"), torch.device("cuda:0")]
     for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
     args = SimpleNamespace(device="cuda")
-    common.set_up(args)
+    common.prepare_device(args)
     assert args.device == "cuda:1"
     assert calls[2:] == [torch.device("cuda:1"), "nccl"]
     args = SimpleNamespace(device="cpu")
-    common.set_up(args)
+    common.prepare_device(args)
     assert args.device == "cpu" and calls[4:] == ["gloo"]
 
 

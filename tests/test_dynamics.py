@@ -106,7 +106,7 @@ def ade(tmp_path):
     """The state of an `ade` whose power iteration has converged; its D without spectral norm."""
     state = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))
     for _ in range(300):
-        with common.normalised(state["d"]):
+        with common.spectral_weights(state["d"]):
             pass
     plain = Discriminator(8)
     for (_, layer), (_, normed) in zip(f_layers(plain), f_layers(state["d"])):
@@ -231,7 +231,7 @@ def test_every_layer_of_f_has_norm_one_and_only_with_spectral_norm(tmp_path):
     state = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))
     for _ in range(10):
         common.ade_step(torch.rand(4, 3, 32, 32), 0, **state)
-    d = common.bake(state["d"])
+    d = common.fix_spectral_norm(state["d"])
     norms = [norm_of(layer.weight).item() for _, layer in f_layers(d)]
     assert len(norms) == 6 and all(0.9 < norm < 1.1 for norm in norms), norms
     assert min(norm_of(layer.weight) for _, layer in f_layers(Discriminator(8))[:-1]) > 1.5
@@ -239,7 +239,7 @@ def test_every_layer_of_f_has_norm_one_and_only_with_spectral_norm(tmp_path):
     plain = Discriminator(8)
     torch.manual_seed(1)                            # the rotation head is none of f's layers
     normed = common.ebm_networks(flags(tmp_path, "--ebm-objective", "ade"))["d"]
-    assert torch.equal(common.bake(normed).rotation.weight, plain.rotation.weight)
+    assert torch.equal(common.fix_spectral_norm(normed).rotation.weight, plain.rotation.weight)
 
 
 def test_weights_are_normalised_in_fp32_and_stand_still_meanwhile(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_weights_are_normalised_in_fp32_and_stand_still_meanwhile(tmp_path, monk
     once = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, weight: autocasts.append(
         torch.is_autocast_enabled("cpu")) or once(self, weight))
-    with torch.autocast("cpu", torch.bfloat16), common.normalised(d), torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16), common.spectral_weights(d), torch.no_grad():
         inside = [layer.weight for _, layer in f_layers(d)]
         assert torch.equal(d(x), d(x))
         assert all(layer.weight is weight for weight, (_, layer) in zip(inside, f_layers(d)))
@@ -257,9 +257,9 @@ def test_weights_are_normalised_in_fp32_and_stand_still_meanwhile(tmp_path, monk
     with torch.autocast("cpu", torch.bfloat16):
         common.ade_step(x, 0, **copy.deepcopy(state))
     assert autocasts == 18 * [False]                # once with D's step, once with G's
-    with common.normalised(exact):
+    with common.spectral_weights(exact):
         assert all(torch.equal(a, layer.weight) for a, (_, layer) in zip(inside, f_layers(exact)))
-    baked = common.bake(copy.deepcopy(d))
+    baked = common.fix_spectral_norm(copy.deepcopy(d))
     assert not [name for name in baked.state_dict() if "parametrizations" in name]
     assert all(torch.equal(layer.weight, weight)
                for weight, (_, layer) in zip(inside, f_layers(baked)))

@@ -12,8 +12,8 @@ from PIL import Image
 
 import common
 import linear_eval
-from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes,
-                    load_ebm, train_ebm)
+from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes, load_ebm,
+                    train_ebm)
 
 
 def flags(tmp_path, *more):

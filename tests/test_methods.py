@@ -171,7 +171,8 @@ def test_simclrs_projector_sees_both_views_together(script, views):
 def test_every_view_is_of_the_batch_itself(script, monkeypatch):
     """The third of the Langevin scripts is of its chain, begun at the batch, mixed with noise."""
     x, seen, chains = draw_shapes(16, seed=3)[0], [], []
-    monkeypatch.setattr(script, "augment", lambda x: seen.extend(x.split(16)) or torch.rand(x.shape))
+    monkeypatch.setattr(script, "augment",
+                        lambda x: seen.extend(x.split(16)) or torch.rand(x.shape))
 
     def chain(f, start, *given, **named):
         chains.append((f, start, inspect.signature(langevin).bind(f, start, *given, **named)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common import (Discriminator, Encoder, Generator, augment, autocast, draw_shapes, in_bf16, mlp,
-                    pool, seed_of, standardise)
+                    pool, seed_of, standardise_features)
 
 ARGS = SimpleNamespace(seed=0, ebm_iters=0, device="cpu", precision="fp32")
 
@@ -89,9 +89,9 @@ def test_features_are_standardised_over_augmented_images():
     views, energies = augment(images), d(images / 255)
     raw = d.features(views, "all").detach()
     assert raw.std(0).median() < 0.5                                    # not so by themselves
-    standardise(d, draw_shapes(20, seed=4)[0], ARGS)                    # which leaves no trace
+    standardise_features(d, draw_shapes(20, seed=4)[0], ARGS)           # which leaves no trace
     assert not torch.allclose(d.features(views).mean(0), torch.zeros(64), atol=1e-3)
-    standardise(d, images, ARGS)
+    standardise_features(d, images, ARGS)
     features = d.features(views, "all")
     expected = (raw - raw.mean(0)) / raw.std(0, correction=0)
     assert torch.allclose(features, expected, atol=1e-3)
@@ -103,7 +103,7 @@ def test_features_are_standardised_over_augmented_images():
 def test_constant_features_stay_finite():
     d, black = Discriminator(8), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     for _ in range(2):
-        standardise(d, black, ARGS)                                     # black in every view
+        standardise_features(d, black, ARGS)                            # black in every view
         assert torch.allclose(d.features(black / 255), torch.zeros(64), atol=1e-3)
         assert d.features(draw_shapes(8, seed=3)[0] / 255).abs().max() < 1e7
 

@@ -393,15 +393,16 @@ def test_a_run_goes_on_in_the_number_format_it_began_in(tmp_path, saved, wanted,
 
 
 def test_a_run_and_an_ebm_note_the_number_format(tmp_path, monkeypatch):
-    def hold(training, **_):
+    def lock_directory(training, **_):
         raise UserError(training.config["computed_in"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["byol_disc.py", *processes.EBM, "--precision", "auto"])
-    monkeypatch.setattr(Training, "hold", hold)
+    monkeypatch.setattr(Training, "lock_directory", hold)
     args, images = importlib.import_module("byol_disc").parse(), torch.zeros(8)
     for bf16, expected in [(True, "bf16"), (False, "fp32")]:
         monkeypatch.setattr(common, "in_bf16", lambda _: bf16)
-        for begin in (lambda: common.train_ebm(images, args), Run(args, images, None).hold):
+        run = Run(args, images, None)
+        for begin in (lambda: common.train_ebm(images, args), run.lock_directory):
             with pytest.raises(UserError, match=expected):
                 begin()
 
@@ -435,7 +436,7 @@ def test_a_lock_that_cannot_be_had_is_a_line(error, said, tmp_path, monkeypatch)
         raise error
     monkeypatch.setattr(common.FileLock, "acquire", fail)
     with pytest.raises(UserError, match=said):
-        Training(tmp_path / "run", MADE).hold()
+        Training(tmp_path / "run", MADE).lock_directory()
 
 
 def log_of(directory):
@@ -494,7 +495,7 @@ def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
         if f:
             training.config["f"] = f
         with pytest.raises(UserError, match="another EBM") if refused else nullcontext():
-            training.check()
+            training.check_config()
     assert json.loads((tmp_path / "config.json").read_text())["f"] == 7
 
 
@@ -503,7 +504,7 @@ def test_what_another_process_has_made_meanwhile_is_seen_and_kept(tmp_path):
     common.write_json(tmp_path / "config.json", {**MADE, "seed": 1})
     (tmp_path / "eval.json").touch()
     with pytest.raises(UserError, match="made with --seed 1, not 0"):
-        training.hold()
+        training.lock_directory()
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 

@@ -45,15 +45,16 @@ class UserError(Exception):
 
 
 @contextmanager
-def naming(what, problem, remedy):
+def naming(what, problem, remedy, systems=False):
     """An error within becomes a UserError of one line: what has which problem, the cause, the
-    remedy. Not where memory or the system is the cause: nothing is wrong with `what` then."""
+    remedy. Not where memory is the cause, or the system, unless its errors are meant: nothing is
+    wrong with `what` then."""
     try:
         yield
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".split("\n")[0].split(". In PyTorch")[0]
-        if (isinstance(error, UserError) or getattr(error, "errno", None)
-                or "memory" in cause.lower()):
+        if (isinstance(error, UserError) or "memory" in cause.lower()
+                or getattr(error, "errno", None) and not systems):
             raise
         raise UserError(f"{what}: {problem} ({cause.rstrip(': ')}); {remedy}") from error
 
@@ -256,7 +257,7 @@ def load_images(dataset, data_dir, split):
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
     with naming(f"--dataset {dataset}", f"cannot download it to {data_dir}",
-                "put it there and name --data-dir, or use --dataset folder or synthetic"):
+                "put it there and name --data-dir, or use --dataset folder or synthetic", True):
         source = getattr(torchvision.datasets, dataset.upper())
         try:
             data = source(data_dir, split == "train")
@@ -798,22 +799,18 @@ def prepare_device(args):
     started = any(map(os.environ.get, names)) and not dist.is_initialized()
     if started and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with naming(f"--device {args.device}", "cannot be used", "name another"):
         there = torch.zeros(1, device=args.device)
         there.cpu()
         if there.is_cuda:
             torch.cuda.set_device(there.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    try:
+    with naming("this rank", "cannot join the others",
+                f"start with torchrun, or unset its variables, {', '.join(names)}"):
         if started:
             number, ranks, _ = (int(os.environ[name]) for name in names[:3])
             if not 0 <= number < ranks:
                 raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
             dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other ranks ({str(error).splitlines()[0]}): start with "
-                        f"torchrun, or unset its variables, {', '.join(names)}") from None
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
         raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
@@ -854,12 +851,12 @@ def compile_networks(model, args):
 
 
 def captured(step, args):
-    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU soon as a CUDA graph.
+    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU a CUDA graph of it.
 
-    The first three calls run as they are written, on the stream that will capture, as autograd
-    keeps to its stream; so does x of another shape. The fourth call is captured, it and later ones
-    are replayed: what is computed in Python, and not on the GPU, stays as it was then. Random
-    numbers go on as without. Raises UserError where `step` waits for the GPU.
+    Three calls run as written, on the stream that will capture, as autograd keeps to a stream. The
+    fourth is captured; it and later ones are replayed. What Python decides stays as it was then,
+    random numbers go on. x of another shape runs as written. UserError where `step` waits for the
+    GPU.
     """
     if (torch.device(args.device).type != "cuda" or world_size() > 1
             or getattr(args, "compile", False) or getattr(args, "eager", False)):
@@ -869,12 +866,9 @@ def captured(step, args):
     def replay(x):
         if not held:
             held.append(x.clone())
-            try:
+            with naming("a step", "cannot be captured as a CUDA graph", "use --eager"):
                 with torch.cuda.graph(graph, stream=stream):
                     results.update(step(held[0]))
-            except RuntimeError as error:
-                raise UserError(f"a step cannot be captured as a CUDA graph "
-                                f"({str(error).splitlines()[0]}); use --eager") from error
         held[0].copy_(x)
         graph.replay()
         return {name: value.detach().clone() for name, value in results.items()}
@@ -907,7 +901,7 @@ def distribute(model):
 
 
 def save(path, **content):
-    """Write these entries, a config among them, as PyTorch does; `load` reads them."""
+    """Write these entries, a config among them, as PyTorch does; `reading` reads them."""
     write_whole(path, partial(torch.save, content))
 
 

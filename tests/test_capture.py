@@ -150,7 +150,7 @@ def test_what_waits_for_the_host_is_one_line(gpu):
     step = captured(lambda x: {"max": x / x.max().item()}, GPU)
     for _ in range(3):
         step(torch.ones(2))
-    with pytest.raises(UserError, match=r"cannot be captured .*\(operation .* capturing\); .*-ea"):
+    with pytest.raises(UserError, match=r"cannot be captured .*: operation .* capturing\); .*-ea"):
         step(torch.ones(2))
 
 

@@ -976,7 +976,7 @@ def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
                  if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
-    name = "-".join([args.script, *differing])
+    name = "-".join([args.script, *differing]).replace("/", "_")
     if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
         raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
     if "run_dir" in args:

@@ -3,8 +3,9 @@
 The method is byol_disc.py's. In place of D's features stand those of the encoder of a finished
 run, standardised in the same way.
 
-    python .github/byol_teacher.py --teacher runs/simclr_disc-... --coeff 1
+    python .github/byol_teacher.py --teacher runs/simclr_disc-coeff=0 --coeff 1
 """
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from byol_disc import BYOL
-from common import (Encoder, Run, augment, autocast, checksum, compile_networks, distribute, launch,
-                    load, load_into, lr_factor, make_parser, number, parse_flags, target_tau,
+from common import (Run, augment, autocast, captured, checksum, compile_networks, distribute,
+                    launch, lr_factor, make_parser, number, parse_flags, reading, target_tau,
                     training_images)
-from linear_eval import evaluate
+from linear_eval import evaluate, load_encoder
 
 
 class Teacher(nn.Module):
@@ -25,13 +26,11 @@ class Teacher(nn.Module):
 
     def __init__(self, path, images, args):
         super().__init__()
-        config = load(Path(path) / "config.json", script=str, epochs=int, width=int)
-        self.kind = f"{config['script']} of {config['epochs']} epochs"
-        saved = load(Path(path) / "checkpoint.pt", model=dict)["model"]
-        self.encoder = Encoder(config["width"]).to(images.device)
+        with reading(Path(path) / "config.json") as config:
+            self.kind = f"{config['script']} of {config['epochs']} epochs"
+        with reading(Path(path) / "checkpoint.pt") as saved:
+            self.encoder = load_encoder(saved["model"], config["width"]).to(images.device)
         self.dims = {"last": self.encoder.dim}
-        load_into(self.encoder, {name.removeprefix("encoder."): value for name, value
-                                 in saved.items() if name.startswith("encoder.")}, path)
         self.eval().requires_grad_(False)
         torch.manual_seed(args.seed)
         with autocast(args):
@@ -46,7 +45,8 @@ class Teacher(nn.Module):
 def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=256, layers="last")
-    parser.add_argument("--teacher", required=True, help="directory of the run whose encoder it is")
+    parser.add_argument("--teacher", required=True, type=os.path.expanduser,
+                        help="directory of the run whose encoder it is")
     parser.add_argument("--coeff", type=number(float, 1e-9), default=0.1,
                         help="weight of the third view")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
@@ -69,16 +69,21 @@ def main():
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
 
+    def forward_backward(x):
+        optimizer.zero_grad()
+        with autocast(args):
+            loss, terms = ddp(x)
+        loss.backward()
+        return {"loss": loss, **terms}
+
+    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
     for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
         for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
-            with autocast(args):
-                loss, terms = ddp(x)
-            optimizer.zero_grad()
-            loss.backward()
+            terms = step(x)
             optimizer.step()
             schedule.step()
             model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
-            run.log(loss=loss, **terms)
+            run.log(**terms)
     run.finish(model.encoder)
 
 

@@ -1,4 +1,4 @@
-"""The README's commands, unrolled by bash: each is one that its script accepts."""
+"""The commands of README and RESULTS, unrolled by bash: each is one that its script accepts."""
 import importlib
 import re
 import shlex
@@ -12,12 +12,12 @@ from conftest import ROOT
 
 def commands():
     """Every command that runs a script, as a list of words, in blocks and in tables."""
-    text = (ROOT / "README.md").read_text()
+    text = "\n\n".join((ROOT / name).read_text() for name in ("README.md", ".github/RESULTS.md"))
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
-    small, = (block for block in blocks if "SMALL=" in block)
-    cells = "\n".join(re.findall(r"^\|.*`(python [^`]*)`", text, re.MULTILINE))
-    first = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }; MORE=\n" + small
-    for block in [*blocks, cells]:
+    cells = re.findall(r"^\|.*?`(\w+\.py[^`]*)`", text, re.MULTILINE)
+    rows = "\n".join(f"python {cell}" for cell in cells if " " in cell or "common" in cell)
+    first = "python() { echo python \"$@\"; }; pip() { :; }; torchrun() { :; }; MORE=\n"
+    for block in [*blocks, rows]:
         if "python " in block:
             out = subprocess.run(["bash", "-euc", first + block], cwd=ROOT, capture_output=True,
                                  text=True, check=True).stdout

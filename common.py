@@ -228,11 +228,12 @@ def launch(main):
         if any(w in repr(error) for w in ("MemoryError", "out of memory", "allocate memory")):
             error = "out of memory; use a smaller --batch-size or --width, or another --device"
         elif isinstance(error, RuntimeError) and "by peer" in str(error):
-            dist.destroy_process_group()                  # its end at exit can be a crash
             error = "another rank has ended; its own line says why"
         elif isinstance(error, RuntimeError):
             raise
         print(f"error: {error}", file=sys.stderr)
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()                  # left to the exit, it can abort
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         number, = stopped.args or [signal.SIGINT]
@@ -976,11 +977,10 @@ def name_files(parser, args):
     """Name the run's directory and its EBM's file by the flags that make them what they are."""
     differing = [f"{flag}={value}" for flag, value in vars(args).items()
                  if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
-    name = "-".join([args.script, *differing]).replace("/", "_")
-    if "run_dir" in args and not args.run_dir and len(os.fsencode(name)) > 255:
-        raise UserError(f"--run-dir: too many flags to name it by, {name[:40]}...; name one")
-    if "run_dir" in args:
-        args.run_dir = args.run_dir or f"runs/{name}"
+    if "run_dir" in args and not args.run_dir:
+        args.run_dir = "runs/" + "-".join([args.script, *differing]).replace("/", "_")
+        if len(os.fsencode(Path(args.run_dir).name)) > 255:
+            raise UserError(f"--run-dir: too many flags to name it by: {args.run_dir}; name one")
     parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
              f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
              f"seed={args.seed}" if args.seed else "", args.ebm_iters]

@@ -393,11 +393,11 @@ def test_a_run_goes_on_in_the_number_format_it_began_in(tmp_path, saved, wanted,
 
 
 def test_a_run_and_an_ebm_note_the_number_format(tmp_path, monkeypatch):
-    def lock_directory(training, **_):
+    def lock(training, **_):
         raise UserError(training.config["computed_in"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["byol_disc.py", *processes.EBM, "--precision", "auto"])
-    monkeypatch.setattr(Training, "lock_directory", hold)
+    monkeypatch.setattr(Training, "lock_directory", lock)
     args, images = importlib.import_module("byol_disc").parse(), torch.zeros(8)
     for bf16, expected in [(True, "bf16"), (False, "fp32")]:
         monkeypatch.setattr(common, "in_bf16", lambda _: bf16)
@@ -536,9 +536,9 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
 
 def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
     monkeypatch.setattr(common.time, "monotonic", lambda: 5.0)
-    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), began=5.0)
+    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), epoch_began=5.0)
     assert Run.speed(run) > 1e6
-    run.began = 3.0
+    run.epoch_began = 3.0
     assert Run.speed(run) == 4.0
 
 

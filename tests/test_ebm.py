@@ -298,8 +298,7 @@ def test_no_iterations_give_the_untrained_probe(tmp_path, monkeypatch):
         train_ebm(common.training_images(args), args)
         rows = list(linear_eval.evaluate_ebm(Path(args.ebm), evaluation))
         assert [row["layers"] for row, _ in rows] == len(rows) // 2 * ["last", "all"]
-        assert [row["ebm_iters"] for row, _ in rows] == sorted(2 * [args.ebm_iters, 0][:len(rows) // 2],
-                                                               reverse=True)
+        assert [row["ebm_iters"] for row, _ in rows][::2] == [args.ebm_iters, 0][:len(rows) // 2]
         return [result["linear"].item() for _, result in rows]
 
     for objective in ("ade", "gan"):

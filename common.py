@@ -1,7 +1,8 @@
 """What the four experiments share, in the order in which the data flows.
 
-Flags, data, augmentation, networks, samplers, losses, optimisation, the energy-based model (EBM),
-files, runs, devices. Outside a network images are in [0, 1], or uint8 at rest.
+Flags, ranks, data, augmentation, networks, samplers, losses, optimisation, devices, files,
+training, the energy-based model (EBM), runs: nothing is used before it is defined. Outside a
+network images are in [0, 1], or uint8 at rest.
 
     python common.py                        # train the EBM alone (a script does it if needed)
 """
@@ -53,7 +54,7 @@ def naming(what, problem, remedy, systems=False):
         yield
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".split("\n")[0].split(". In PyTorch")[0]
-        if (isinstance(error, UserError) or "memory" in cause.lower()
+        if (isinstance(error, (UserError, NameError)) or "memory" in cause.lower()
                 or getattr(error, "errno", None) and not systems):
             raise
         raise UserError(f"{what}: {problem} ({cause.rstrip(': ')}); {remedy}") from error
@@ -219,7 +220,8 @@ def launch(main):
     signal.signal(signal.SIGTERM, stop)
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # it was closed
-        getattr(sys, name).reconfigure(errors="backslashreplace")        # print any name and sign
+        if hasattr(getattr(sys, name), "reconfigure"):                   # a notebook's has it not
+            getattr(sys, name).reconfigure(errors="backslashreplace")    # print any name and sign
     try:
         main()
         if dist.is_initialized():
@@ -855,32 +857,32 @@ def captured(step, args):
     """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU a CUDA graph of it.
 
     Three calls run as written, on the stream that will capture, as autograd keeps to a stream. The
-    fourth is captured; it and later ones are replayed. What Python decides stays as it was then,
-    random numbers go on. x of another shape runs as written. UserError where `step` waits for the
-    GPU.
+    fourth is captured; it and later ones are replayed. x keeps its shape. What Python decides stays
+    as it was then, random numbers go on. UserError where `step` waits for the GPU.
     """
     if (torch.device(args.device).type != "cuda" or world_size() > 1
             or getattr(args, "compile", False) or getattr(args, "eager", False)):
         return step
-    stream, graph, held, results, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [], {}, 0
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    static_x, results, calls = None, None, 0
 
     def replay(x):
-        if not held:
-            held.append(x.clone())
+        nonlocal static_x, results
+        if static_x is None:
+            static_x = x.clone()
             with naming("a step", "cannot be captured as a CUDA graph", "use --eager"):
                 with torch.cuda.graph(graph, stream=stream):
-                    results.update(step(held[0]))
-        held[0].copy_(x)
+                    results = step(static_x)
+        static_x.copy_(x)
         graph.replay()
         return {name: value.detach().clone() for name, value in results.items()}
 
     def call(x):
         nonlocal calls
         calls += 1
-        as_written = calls <= 3 or held and x.shape != held[0].shape
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            terms = step(x) if as_written else replay(x)
+            terms = step(x) if calls <= 3 else replay(x)
         torch.cuda.current_stream().wait_stream(stream)
         return terms
     return call
@@ -1022,6 +1024,19 @@ def mean_of(rows, ranks=1):
     return dict(zip(rows[0], (means / ranks).tolist()))
 
 
+def this_commit():
+    """The commit of this code, with "+changes" if it was changed; None outside its repository."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, check=True,
+                              env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+                              capture_output=True, text=True).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        git("cat-file", "-e", "HEAD:./common.py")
+        changes = git("status", "--porcelain", "-uall", ":(glob)*.py")
+        return git("rev-parse", "HEAD") + "+changes" * bool(changes)
+
+
 def start_log(path, counter, done, device):
     """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
     if path.exists():
@@ -1031,11 +1046,7 @@ def start_log(path, counter, done, device):
                 json.loads(line)["argv"]                  # the first is on the origin
             kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
         write_whole(path, lambda file: file.write_text(kept))
-    commit, _, changes = subprocess.run(                  # of the repository that has this code
-        "unset $(git rev-parse --local-env-vars); git cat-file -e HEAD:./common.py && "
-        "git rev-parse HEAD && git status --porcelain -uall ':(glob)*.py'", shell=True,
-        cwd=Path(__file__).resolve().parent, capture_output=True, text=True).stdout.partition("\n")
-    append(path, {"argv": sys.argv, "commit": commit + "+changes" * bool(changes) or None,
+    append(path, {"argv": sys.argv, "commit": this_commit(),
                   "python": sys.version.split()[0], "torch": torch.__version__,
                   "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
                   "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
@@ -1475,7 +1486,8 @@ class Run(Training):
             row = {**self.means(), "lr": lr, "images_per_s": self.speed()}
             self.stop_if_not_finite(row, state["model"])
             if rank() == 0 and args.eval_every and epoch % args.eval_every == 0:
-                row |= self.evaluate(state["model"].encoder, args, metrics=["knn5"]) or {}
+                result = self.evaluate(state["model"].encoder, args, metrics=["knn5"])
+                row |= {"knn5": result["knn5"]} if result else {}
             self.keep(row, f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
                            f"{row['images_per_s']:.0f} images/s")
 

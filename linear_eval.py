@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, captured, checksum,
+from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, checksum,
                     data_checksum, describe, ebm_networks, fix_spectral_norm, has_test, launch,
                     load_ebm, load_images, naming, prepare_device, reading, same_config, seed_of,
                     show, standardise_features, training_images, world_size)
@@ -72,17 +72,12 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
-
-    def forward_backward(index):
-        optimizer.zero_grad(set_to_none=False)            # a smaller last batch is not captured
-        F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
-        return {}
-
-    step = captured(forward_backward, argparse.Namespace(device=train_x.device))
     for _ in range(epochs):
         order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
         for index in order.split(1000):
-            step(index)
+            loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -111,11 +106,11 @@ def labelled_images(args, split):
 
 
 def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
-    """Accuracies (%) {metric: value} of the encoder's frozen features, and "data", a checksum
-    of the images and labels; None where there is nothing to tell.
+    """Accuracies (%) {metric: value} of the encoder's frozen features, their split, and "data", a
+    checksum of the images and labels; None where there is nothing to tell.
 
-    Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with the
-    split, and an untrained encoder's accuracies, as in eval.json.
+    Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with an
+    untrained encoder's accuracies, as in eval.json.
     """
     parts, data = labelled_images(args, split), []
     if parts is None:
@@ -124,11 +119,11 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
         with autocast(args):
             data += [extract_features(encoder, images, encode), labels.to(args.device)]
     result = {metric: METRICS[metric](*data) for metric in metrics}
-    result["data"] = checksum(*parts[0], *parts[1])
+    result |= {"split": split, "data": checksum(*parts[0], *parts[1])}
     if untrained:
         torch.manual_seed(args.seed)
         floor = evaluate(type(encoder)(args.width).to(args.device), args, split=split)
-        result |= {"split": split, "untrained": {metric: floor[metric] for metric in METRICS}}
+        result["untrained"] = {metric: floor[metric] for metric in METRICS}
     return result
 
 
@@ -225,9 +220,8 @@ def kept_rows(path):
 
 
 def keep(path, rows):
-    """Add to a file those rows that it has not, one a line, with the log of the run or EBM."""
-    there = kept_rows(path) if path.exists() else []
-    for config, result in [row for row in rows if row not in there]:
+    """Add the rows to a file, one a line, each with the log of its run or EBM."""
+    for config, result in rows:
         made = Path(config["run_dir"])
         log = (made.with_suffix(".ebm") if made.suffix == ".pt" else made) / "log.jsonl"
         log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -284,13 +278,15 @@ def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
     differences, paired by seed, to the first setting, with their pooled error, where it is known.
     """
-    groups, (names, shared) = {}, labels(rows)
+    groups, kinds, (names, shared) = {}, {}, labels(rows)
     for label, (config, result) in zip(names, rows):
         groups.setdefault(label, {})[config.get("seed")] = result
-    deviation = {metric: pooled(groups, metric) for metric in METRICS}
+        kinds[label] = config["script"] == "ebm", result.get("data")   # what can be compared
+    first_label, first = next(iter(groups.items()))
+    block = {label: x for label, x in groups.items() if kinds[label] == kinds[first_label]}
+    deviation = {metric: pooled(block, metric) for metric in METRICS}
     freedom = deviation["linear"][1]
-    least = studentized_range(len(groups), freedom) if freedom else math.inf
-    first, *_ = groups.values()
+    least = studentized_range(len(block), freedom) if freedom else math.inf
 
     def line(label, results):
         values = [[result[metric] for result in results] for metric in METRICS]
@@ -298,17 +294,17 @@ def table(rows, untrained, split):
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
     def differences(seeds):
-        shared, cells = [seed for seed in seeds if seed in first], []
+        paired, cells = [seed for seed in seeds if seed in first], []
         for metric, (sd, _) in deviation.items():
-            value = mean(seeds[seed][metric] - first[seed][metric] for seed in shared)
-            beyond = "*" if abs(value) > least * sd / len(shared) ** 0.5 else ""
-            cells.append(f"{value:+.2f} ± {sd * (2 / len(shared)) ** 0.5:.2f}{beyond}")
-        return "| " + " | ".join(["less the first", *cells, str(len(shared))]) + " |"
+            value = mean(seeds[seed][metric] - first[seed][metric] for seed in paired)
+            beyond = "*" if abs(value) > least * sd / len(paired) ** 0.5 else ""
+            cells.append(f"{value:+.2f} ± {sd * (2 / len(paired)) ** 0.5:.2f}{beyond}")
+        return "| " + " | ".join(["less the first", *cells, str(len(paired))]) + " |"
 
     lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
     for label, seeds in groups.items():
         lines.append(line(label, seeds.values()))
-        if freedom and seeds is not first and seeds.keys() & first.keys():
+        if freedom and label in block and seeds is not first and seeds.keys() & first.keys():
             lines.append(differences(seeds))
         if untrained and "untrained" in next(iter(seeds.values())):
             lines.append(line(f"{label}, untrained encoder",
@@ -344,12 +340,15 @@ def main():
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
     if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
         raise UserError(f"{missing[0]}: there is no such file")
-    rows, kept, problems, places = [], [], [], {}
+    if args.keep and args.keep.suffix != ".jsonl":
+        raise UserError(f"--keep {args.keep}: name a file that ends in .jsonl")
+    there = kept_rows(args.keep) if args.keep and args.keep.exists() else []
+    rows, made_here, problems, places = [], [], [], {}
     for path in args.paths:
         places.setdefault(path.resolve(), path)           # a link to it is the same run
     for path in places.values():
         if path.suffix == ".jsonl":
-            kept += kept_rows(path)
+            rows += kept_rows(path)
             continue
         made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
         if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
@@ -357,16 +356,19 @@ def main():
             continue
         try:
             evaluated = (evaluate_run if made else evaluate_ebm)(path, args)
-            rows += [row for row in evaluated if row[1]]
-        except UserError as error:                        # the others' work is not lost
+            made_here += (found := [row for row in evaluated if row[1]])
+            rows += found
+        except (UserError, OSError) as error:             # the others' work is not lost
             problems.append(str(error))
     show("", passing=True)
-    if args.keep:
-        keep(args.keep, rows)
-    rows, doubled = once([*kept, *rows])
+    if other := {result.get("split", "test") for _, result in rows} - {args.split}:
+        raise UserError(f"--split {args.split}: there are rows of the {min(other)} split")
+    rows, doubled = once(rows)
     problems += doubled
     if rows:
         print(table(rows, args.untrained, args.split))
+    if args.keep:
+        keep(args.keep, [row for row in made_here if row not in there])
     if problems or not rows:
         raise UserError("; ".join(problems) or "nothing to evaluate")
 

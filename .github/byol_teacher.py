@@ -3,7 +3,7 @@
 The method is byol_disc.py's. In place of D's features stand those of the encoder of a finished
 run, standardised in the same way.
 
-    python .github/byol_teacher.py --teacher runs/simclr_disc-coeff=0 --coeff 1
+    python .github/byol_teacher.py --teacher runs/simclr_disc-coeff=0.0 --coeff 1
 """
 import os
 import sys
@@ -14,9 +14,9 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from byol_disc import BYOL
-from common import (Run, augment, autocast, captured, checksum, compile_networks, distribute,
-                    launch, lr_factor, make_parser, number, parse_flags, reading, target_tau,
-                    training_images)
+from common import (Run, UserError, augment, autocast, captured, checksum, compile_networks,
+                    distribute, launch, lr_factor, make_parser, number, parse_flags, reading,
+                    target_tau, training_images)
 from linear_eval import evaluate, load_encoder
 
 
@@ -28,6 +28,11 @@ class Teacher(nn.Module):
         super().__init__()
         with reading(Path(path) / "config.json") as config:
             self.kind = f"{config['script']} of {config['epochs']} epochs"
+            for flag, plain in dict(coeff=0, width=args.width, subset=args.subset).items():
+                self.kind += f", {flag} {config[flag]}" * (config[flag] != plain)
+            if config["seed"] != args.seed:
+                raise UserError(f"--teacher {path}: of --seed {config['seed']}; name one of --seed "
+                                f"{args.seed}, as then runs can be paired")
         with reading(Path(path) / "checkpoint.pt") as saved:
             self.encoder = load_encoder(saved["model"], config["width"]).to(images.device)
         self.dims = {"last": self.encoder.dim}

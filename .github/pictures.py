@@ -37,7 +37,7 @@ def read(path):
     """The runs in a file of results, each a dict."""
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        if all({"name", "config", "result", "log"} <= row.keys() for row in rows):
+        if all({"config", "result", "log"} <= row.keys() for row in rows):
             return rows
     except (ValueError, AttributeError):                    # no text, no JSON, no dicts
         pass
@@ -168,7 +168,7 @@ def pairs(rows):
     """{teacher: [(its probe, BYOL's gain)]} of one machine's runs, a pair for every seed."""
     rows = [(row["config"], row["result"]["linear"]) for row in rows if row["result"]]
     linear = {(name_of(config), config["seed"]): value for config, value in rows
-              if config.get("coeff") == 0 or ".pt" in config["script"]}
+              if config.get("coeff") == 0 or config["script"] == "ebm"}
     found = {}
     for config, value in rows:
         if config.get("coeff") == 1 and config["script"] in ("byol_disc", "byol_teacher"):

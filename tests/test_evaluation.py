@@ -2,6 +2,7 @@
 import inspect
 import json
 import math
+import sys
 import zlib
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import common
 import linear_eval
 from common import Encoder, UserError, draw_shapes
+from conftest import ROOT
 from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, once, table
 
 
@@ -168,14 +170,14 @@ def test_what_can_be_told_apart_is_tukeys(rows, freedom, known):
 
 
 def test_rows_are_kept_in_a_file_and_read_again(tmp_path):
-    """With the log of the run; a row is kept once."""
+    """With the log of the run."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"argv": []}\n{"epoch": 1}\n')
     config = {"script": "byol_disc", "seed": 0, "run_dir": str(tmp_path / "run")}
     rows, path = [(config, {"linear": 50.0}), ({**config, "seed": 1}, {"linear": 51.0})], (
         tmp_path / "rows.jsonl")
     linear_eval.keep(path, rows[:1])
-    linear_eval.keep(path, rows)
+    linear_eval.keep(path, rows[1:])
     assert linear_eval.kept_rows(path) == rows
     assert json.loads(path.read_text().splitlines()[0])["log"] == [{"argv": []}, {"epoch": 1}]
     for damage in ("[1]\n", "{}\n", "{"):
@@ -292,9 +294,29 @@ def test_split_val_holds_training_images_out(monkeypatch):
     result = linear_eval.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
     train_x, train_y, val_x, val_y = seen[0]
     both = torch.cat([train_x, val_x]).round().flatten().long()
-    assert asked == ["train"] and result["linear"] == 0.0 and result.keys() == {"linear", "data"}
+    assert asked == ["train"] and result["linear"] == 0.0 and result.keys() == {"linear", "data", "split"}
     assert len(val_x) == len(val_y) == 20 and sorted(both.tolist()) == list(range(200))
     assert torch.equal(torch.cat([train_y, val_y]), labels[both])
     images, labels = images[:9], labels[:9]                             # of nine it is one
     linear_eval.evaluate(encoder, args, metrics=["linear"], split="val")
     assert [len(x) for x in seen[1]] == [8, 8, 1, 1]
+
+
+def test_kept_rows_can_be_drawn(tmp_path):
+    """The scatter pairs a run with plain BYOL and with its teacher's probe, each of its seed."""
+    sys.path.insert(0, str(ROOT / ".github"))
+    import pictures
+    common_flags = {"width": 16, "run_dir": str(tmp_path), "ebm_objective": "gan"}
+
+    def row(script, seed, linear, **flags):
+        return ({**common_flags, "script": script, "seed": seed, **flags}, {"linear": linear})
+
+    rows = [row("byol_disc", 0, 50.0, coeff=0, epochs=20), row("byol_disc", 1, 40.0, coeff=0,
+                                                               epochs=20),
+            row("ebm", 0, 54.0, layers="last", ebm_iters=4000),
+            row("ebm", 1, 55.0, layers="last", ebm_iters=4000),
+            *(row("byol_disc", seed, gain, coeff=1, epochs=20, layers="last", ebm_iters=4000)
+              for seed, gain in [(0, 53.0), (1, 42.0)])]
+    linear_eval.keep(tmp_path / "rows.jsonl", rows)
+    found = pictures.pairs(pictures.read(tmp_path / "rows.jsonl"))
+    assert found == {"D, 4,000 iterations": [(54.0, 3.0), (55.0, 2.0)]}

@@ -817,6 +817,8 @@ def prepare_device(args):
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and args.device.startswith("cpu") and getattr(args, "compile", False):
         raise UserError("--compile: leave it out; with AVX2 alone gradients of f were seen as NaN")
+    if getattr(args, "compile", False) and world_size() > 1:
+        raise UserError("--compile: leave it out; with several ranks it was never tried")
     if there.is_cuda:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("highest")           # whatever the environment says

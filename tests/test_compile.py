@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import byol_disc
 import byol_langevin
+import common
 import simclr_disc
 import simclr_langevin
 from common import (Discriminator, Encoder, UserError, compile_networks, draw_shapes, langevin,
@@ -79,6 +80,15 @@ def test_cpus_whose_compiled_gradients_are_nan_are_refused(monkeypatch):
         with pytest.raises(UserError, match="--compile: ") if refused else nullcontext():
             prepare_device(SimpleNamespace(device=device, compile=True))
         prepare_device(SimpleNamespace(device=device, compile=False))
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for ranks, refused in [(1, False), (2, True)]:
+        monkeypatch.setattr(common, "world_size", lambda: ranks)
+        with pytest.raises(UserError, match="several ranks") if refused else nullcontext():
+            prepare_device(SimpleNamespace(device="cpu", compile=True))
+        prepare_device(SimpleNamespace(device="cpu", compile=False))
 
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="half a minute for a C++ compiler; "

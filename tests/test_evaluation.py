@@ -294,7 +294,8 @@ def test_split_val_holds_training_images_out(monkeypatch):
     result = linear_eval.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
     train_x, train_y, val_x, val_y = seen[0]
     both = torch.cat([train_x, val_x]).round().flatten().long()
-    assert asked == ["train"] and result["linear"] == 0.0 and result.keys() == {"linear", "data", "split"}
+    assert asked == ["train"] and result["linear"] == 0.0
+    assert result.keys() == {"linear", "data", "split"}
     assert len(val_x) == len(val_y) == 20 and sorted(both.tolist()) == list(range(200))
     assert torch.equal(torch.cat([train_y, val_y]), labels[both])
     images, labels = images[:9], labels[:9]                             # of nine it is one

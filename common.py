@@ -156,7 +156,7 @@ SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32
 
 
 # --- Ranks and the terminal: what a script's process is among others -------------------------
-# All that knows of ranks; `launch` runs a script's main.
+# What others ask of ranks and of the terminal; `launch` runs a script's main.
 
 
 def rank():

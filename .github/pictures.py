@@ -6,7 +6,7 @@
     views EBM.pt DIR            views.png: the views of a test image of every class in DIR/test
     samples LABEL=FOLDER ...    samples.png: training images, and samples, from .ebm folders
 
-A line of a .jsonl file is a run: {"name", "config", "result", "log"}. A file is of one machine.
+A line of a .jsonl file is a run: {"config", "result", "log"}. A file is of one machine.
 """
 import base64
 import inspect

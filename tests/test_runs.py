@@ -87,7 +87,7 @@ def test_other_flags_are_refused(whole):
 def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
     (tmp_path / "ebm.pt").write_bytes((whole[0] / "ebm.pt").read_bytes())
     log = tmp_path / "run" / "log.jsonl"
-    process = processes.start("byol_disc", tmp_path, *FIVE)
+    process = processes.start("byol_disc", tmp_path, *FIVE, "--eval-every", "1")     # not at once
     while process.is_alive() and not (log.exists() and '"epoch": 2' in log.read_text()):
         time.sleep(0.002)
     process.terminate()

@@ -944,7 +944,7 @@ def reading(path):
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
         if Path(path).name != "eval.json":
-            content.get("config", content)["version"]
+            content.get("config", content)["version"]                # code that had none is refused
         yield content
 
 

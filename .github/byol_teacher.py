@@ -34,6 +34,9 @@ class Teacher(nn.Module):
                 raise UserError(f"--teacher {path}: of --seed {config['seed']}; name one of --seed "
                                 f"{args.seed}, as then runs can be paired")
         with reading(Path(path) / "checkpoint.pt") as saved:
+            if saved["done"] < config["epochs"]:
+                raise UserError(f"--teacher {path}: is at epoch {saved['done']} of "
+                                f"{config['epochs']}; finish it first")
             self.encoder = load_encoder(saved["model"], config["width"]).to(images.device)
         self.dims = {"last": self.encoder.dim}
         self.eval().requires_grad_(False)

@@ -1,6 +1,5 @@
 """Image folders, drawn shapes, subsets."""
 import os
-import resource
 import shutil
 import socket
 import struct

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial, reduce
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from unicodedata import normalize
 
@@ -278,7 +279,7 @@ def read_folder(root, split):
     """
     if not (root / "train").is_dir():
         raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    classes = dict.fromkeys(class_of(x) for x in listing(root / "train") if x.is_dir())
+    classes = dict.fromkeys(name for x, name in listing(root / "train") if x.is_dir())
     labels = {name: label for label, name in enumerate(classes)}
     images, others = find_images(root / split)
     if odd := (labels.keys() or {"<class>"}) ^ {name for _, name in images}:
@@ -303,14 +304,12 @@ def read_folder(root, split):
             torch.tensor([label for label, _, _ in files]))
 
 
-def class_of(folder):
-    return normalize("NFC", folder.name)                              # an accent has two forms
-
-
 def listing(folder):
-    """The paths in a folder, sorted, but for what is hidden or a system's own."""
+    """[(path, name)] in a folder, sorted, but for what is hidden or a system's own; of the two
+    forms of an accent, a name has one."""
     systems = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-    return sorted(x for x in folder.iterdir() if not x.name.startswith((".", *systems)))
+    return sorted((x, normalize("NFC", x.name)) for x in folder.iterdir()
+                  if not x.name.startswith((".", *systems)))
 
 
 def find_images(root):
@@ -322,7 +321,7 @@ def find_images(root):
     known, images, others = Image.registered_extensions(), [], []
     above = [x for x in (root, *root.resolve().parents) if os.path.exists(x)]
     met = {x.stat()[1:3]: (x, None) for x in above}       # by inode and device
-    queue = [(path, class_of(path)) for path in listing(root)]
+    queue = listing(root)
     for path, name in queue:                              # which grows meanwhile
         place = path.stat()[1:3]
         is_image = path.is_file() and path.suffix.lower() in known and path.parent != root
@@ -337,7 +336,7 @@ def find_images(root):
         elif is_image:
             images.append((path, name))
         else:
-            queue += [(x, name) for x in listing(path)]
+            queue += [(x, name) for x, _ in listing(path)]
     return images, others
 
 
@@ -866,25 +865,22 @@ def captured(step, args):
             or getattr(args, "compile", False) or getattr(args, "eager", False)):
         return step
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    static_x, results, calls = None, None, 0
-
-    def replay(x):
-        nonlocal static_x, results
-        if static_x is None:
-            static_x = x.clone()
-            with naming("a step", "cannot be captured as a CUDA graph", "use --eager"):
-                with torch.cuda.graph(graph, stream=stream):
-                    results = step(static_x)
-        static_x.copy_(x)
-        graph.replay()
-        return {name: value.detach().clone() for name, value in results.items()}
+    calls, static = count(1), {}
 
     def call(x):
-        nonlocal calls
-        calls += 1
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            terms = step(x) if calls <= 3 else replay(x)
+            if next(calls) <= 3:
+                terms = step(x)
+            else:
+                if not static:
+                    static["x"] = x.clone()
+                    with naming("a step", "cannot be captured as a CUDA graph", "use --eager"):
+                        with torch.cuda.graph(graph, stream=stream):
+                            static["terms"] = step(static["x"])
+                static["x"].copy_(x)
+                graph.replay()
+                terms = {name: x.detach().clone() for name, x in static["terms"].items()}
         torch.cuda.current_stream().wait_stream(stream)
         return terms
     return call
@@ -1018,14 +1014,6 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
-def mean_of(rows, ranks=1):
-    """Means of [{name: scalar tensor}], over so many ranks too, as {name: float}."""
-    means = torch.stack([torch.stack([*row.values()]).float() for row in rows]).mean(0)
-    if ranks > 1:
-        dist.all_reduce(means)
-    return dict(zip(rows[0], (means / ranks).tolist()))
-
-
 def this_commit():
     """The commit of this code, with "+changes" if it was changed; None outside its repository."""
     def git(*words):
@@ -1123,7 +1111,10 @@ class Training:
 
     def means(self):
         """The row of the round: how much is done, and the means over its steps and all ranks."""
-        return {self.counter: self.done, **mean_of(self.rows, self.ranks)}
+        means = torch.stack([torch.stack([*row.values()]).float() for row in self.rows]).mean(0)
+        if self.ranks > 1:
+            dist.all_reduce(means)
+        return {self.counter: self.done, **dict(zip(self.rows[0], (means / self.ranks).tolist()))}
 
     def keep(self, row, text):
         """End the round: log its row, write a checkpoint where one is due, and show the text."""
@@ -1314,17 +1305,11 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
         rotation_weight, d, optimizer_d)
 
 
-def stop_if_exploded(row, d, log, path):
-    """Raise UserError where the means of a round, or the weights after it, are not of an energy."""
-    finite = all(p.isfinite().all() for p in d.parameters())
-    if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-        raise UserError(f"--ebm {path}: f exploded before iteration {row['iteration']}, "
-                        f"f(real) {row['f_real']:.3g}, penalty {row['penalty']:.3g}; "
-                        f"{log} has its log; try another --seed in another --ebm")
-
-
 def ebm_rounds(training, images, args):
-    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}."""
+    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}.
+
+    UserError where the means of a round, or the weights after it, are not of an energy.
+    """
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
     objective = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
@@ -1340,7 +1325,11 @@ def ebm_rounds(training, images, args):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
             training.log(**step(x))
         row = training.means()
-        stop_if_exploded(row, state["d"], training.path, args.ebm)
+        finite = all(p.isfinite().all() for p in state["d"].parameters())
+        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
+            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {end}, f(real) "
+                            f"{row['f_real']:.3g}, penalty {row['penalty']:.3g}; {training.path} "
+                            "has its log; try another --seed in another --ebm")
         training.keep(row, "f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  clamped "
                            "{clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
     fix_spectral_norm(state["d"])

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, checksum,
+from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, captured, checksum,
                     data_checksum, describe, ebm_networks, fix_spectral_norm, has_test, launch,
                     load_ebm, load_images, naming, prepare_device, reading, same_config, seed_of,
                     show, standardise_features, training_images, world_size)
@@ -64,20 +64,28 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
     return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
-def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
-    """Accuracy (%) of a linear classifier, the base code's: Adam, batches of 1000, last epoch."""
+def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500, eager=False):
+    """Accuracy (%) of a linear classifier, the base code's: Adam, batches of 1000, last epoch.
+
+    On a GPU whole batches are replayed as a CUDA graph, unless `eager`.
+    """
     classifier = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
+
+    def forward_backward(index):
+        optimizer.zero_grad(set_to_none=False)            # the last batch has the graph's gradients
+        F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
+        return {}
+
+    step = captured(forward_backward, argparse.Namespace(device=train_x.device, eager=eager))
     for _ in range(epochs):
         order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
         for index in order.split(1000):
-            loss = F.cross_entropy(classifier(train_x[index]), train_y[index])
-            optimizer.zero_grad()
-            loss.backward()
+            (step if len(index) == 1000 else forward_backward)(index)
             optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -118,7 +126,8 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
     for images, labels in parts:
         with autocast(args):
             data += [extract_features(encoder, images, encode), labels.to(args.device)]
-    result = {metric: METRICS[metric](*data) for metric in metrics}
+    options = {"linear": {"eager": args.eager}}
+    result = {metric: METRICS[metric](*data, **options.get(metric, {})) for metric in metrics}
     result |= {"split": split, "data": checksum(*parts[0], *parts[1])}
     if untrained:
         torch.manual_seed(args.seed)
@@ -201,7 +210,7 @@ def evaluate_ebm(path, flags):
 
 def settings(config, flags):
     """The flags of a run or an EBM, evaluated here."""
-    return argparse.Namespace(**{**config, "device": flags.device,
+    return argparse.Namespace(**{**config, "device": flags.device, "eager": flags.eager,
                                  "data_dir": flags.data_dir or config["data_dir"]})
 
 
@@ -334,6 +343,7 @@ def main():
     add("--data-dir", type=os.path.expanduser,
         help="where the images are now; None: where they were, if not gone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--eager", action="store_true", help="launch each operation of the probe's step by itself")
     args = parser.parse_args()
     prepare_device(args)
     if world_size() > 1:

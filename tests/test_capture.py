@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import byol_disc
 import byol_langevin
 import common
+import linear_eval
 import simclr_disc
 import simclr_langevin
 from common import UserError, captured, draw_shapes
@@ -135,6 +136,22 @@ def test_captured_steps_of_an_ebm_are_the_eager_ones(objective, gpu):
 
     assert all(map(torch.equal, *map(tensors, (train("cpu"), train("cuda")))))
     assert gpu.count("capture") == 1
+
+
+@pytest.mark.parametrize("n", [5300, 2500, 4000, 900])
+def test_captured_steps_of_the_probe_are_the_eager_ones(n, gpu, monkeypatch):
+    """Whether the last batch of an epoch is shorter, also before the capture, or the only one."""
+    g, seen = torch.Generator().manual_seed(0), []
+    x, y = torch.randn(n, 8, generator=g), torch.randint(3, (n,), generator=g)
+    monkeypatch.setattr(torch.nn, "Linear", lambda *args, make=torch.nn.Linear, **flags: (
+        seen.append(make(*args, **flags)) or seen[-1]))
+    eager = linear_eval.linear_accuracy(x, y, x, y, epochs=3)
+    for flag in (True, False):
+        monkeypatch.setattr(linear_eval, "captured", lambda step, args: captured(
+            step, SimpleNamespace(**{**vars(args), "device": "cuda"})))
+        assert linear_eval.linear_accuracy(x, y, x, y, epochs=3, eager=flag) == eager
+        assert gpu.count("capture") == (not flag and n >= 2500)
+    assert all(torch.equal(seen[0].weight, other.weight) for other in seen) and len(seen) == 3
 
 
 def test_each_batch_is_copied_to_the_graph_and_left_as_it_is(gpu):

@@ -288,10 +288,12 @@ def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
 
 def test_no_iterations_give_the_untrained_probe(tmp_path, monkeypatch):
     """linear_eval.py compares with the discriminator as it began; the probe is a fingerprint."""
-    monkeypatch.setitem(linear_eval.METRICS, "linear", lambda x, *_: x.double().square().mean())
+    monkeypatch.setitem(linear_eval.METRICS, "linear",
+                        lambda x, *_, eager: x.double().square().mean())
     monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw_shapes(n // 25, seed))
     common.load_images.cache_clear()
-    evaluation = SimpleNamespace(device="cpu", data_dir=None, split="test", untrained=True)
+    evaluation = SimpleNamespace(device="cpu", eager=False, data_dir=None, split="test",
+                                 untrained=True)
 
     def probe(*more):
         args = flags(tmp_path / "-".join(["ebm", *more]), "--seed", "3", *more)

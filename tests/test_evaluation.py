@@ -221,7 +221,8 @@ def test_the_checksum_is_of_all_images_and_labels(monkeypatch):
     parts = {"train": draw_shapes(20, seed=3), "test": draw_shapes(10, seed=4)}
     for module in (common, linear_eval):
         monkeypatch.setattr(module, "load_images", lambda *args: parts[args[2]])
-    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
+    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32",
+                           eager=False)
 
     def data(split="test"):
         return linear_eval.evaluate(Encoder(8), args, metrics=[], split=split)["data"]
@@ -264,8 +265,9 @@ def test_one_class_alone_is_not_evaluated(split, monkeypatch, capsys):
     labels = torch.arange(90) % 3 // 2
     parts = {"train": (images[:60], labels[:60]), "test": (images[60:], labels[60:])}
     monkeypatch.setattr(linear_eval, "load_images", lambda *args: parts[args[2]])
-    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
-    args = SimpleNamespace(dataset="synthetic", data_dir="DIR", device="cpu", precision="fp32")
+    monkeypatch.setitem(METRICS, "linear", lambda *data, eager: seen.append(data) or 0.0)
+    args = SimpleNamespace(dataset="synthetic", data_dir="DIR", device="cpu", precision="fp32",
+                           eager=False)
 
     def evaluate():
         encode = lambda x: 255 * x[:, 0, 0, :1]
@@ -288,8 +290,9 @@ def test_split_val_holds_training_images_out(monkeypatch):
     asked, seen = [], []
     monkeypatch.setattr(linear_eval, "load_images",
                         lambda *_: asked.append(_[2]) or (images, labels))
-    monkeypatch.setitem(METRICS, "linear", lambda *data: seen.append(data) or 0.0)
-    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32")
+    monkeypatch.setitem(METRICS, "linear", lambda *data, eager: seen.append(data) or 0.0)
+    args = SimpleNamespace(dataset="synthetic", data_dir="", device="cpu", precision="fp32",
+                           eager=False)
     encoder = Encoder(8)
     result = linear_eval.evaluate(encoder, args, lambda x: 255 * x[:, 0, 0, :1], ["linear"], "val")
     train_x, train_y, val_x, val_y = seen[0]

@@ -30,7 +30,7 @@ class BYOL(nn.Module):
     def __init__(self, args, discriminator):
         super().__init__()
         self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
-        self.encoder = Encoder(args.width)
+        self.augment, self.encoder = augment, Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
         self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
@@ -43,7 +43,7 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))

@@ -34,7 +34,7 @@ class BYOL(nn.Module):
         super().__init__()
         self.f, self.chain = f, chain_flags(args)
         self.coeff, self.third_view = args.coeff, args.coeff > 0 and args.use == "auxiliary"
-        self.encoder = Encoder(args.width)
+        self.augment, self.encoder = augment, Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
         self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
@@ -43,7 +43,7 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and self.f is None else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))
@@ -55,7 +55,7 @@ class BYOL(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2] if n == 3 else augment(chain_end(self.f, x, **self.chain))        # eq. (1)
+        v3 = views[2] if n == 3 else self.augment(chain_end(self.f, x, **self.chain))   # eq. (1)
         with batch_statistics(self):
             p3 = self.predictor(self.projector(self.encoder(v3)))
             with torch.no_grad():

@@ -27,7 +27,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
         self.temperature = args.temperature
-        self.encoder = Encoder(args.width)
+        self.augment, self.encoder = augment, Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
         if self.third_view:
@@ -38,7 +38,7 @@ class SimCLR(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)

@@ -30,14 +30,14 @@ class SimCLR(nn.Module):
         self.f, self.chain = f, chain_flags(args)
         self.coeff, self.third_view = args.coeff, args.coeff > 0 and args.use == "auxiliary"
         self.temperature = args.temperature
-        self.encoder = Encoder(args.width)
+        self.augment, self.encoder = augment, Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and self.f is None else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
+        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (2)
@@ -45,7 +45,7 @@ class SimCLR(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2] if n == 3 else augment(chain_end(self.f, x, **self.chain))        # eq. (1)
+        v3 = views[2] if n == 3 else self.augment(chain_end(self.f, x, **self.chain))   # eq. (1)
         with batch_statistics(self):
             z3 = self.projector(self.encoder(v3))
         pair13 = nt_xent(z1, z3, self.temperature)

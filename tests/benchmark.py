@@ -76,12 +76,14 @@ def pil_views(images, n):
     return lambda x: next(batches).to(x.device)
 
 
-def training_step(images, script, *flags):
-    """A function that makes a training step as the script's main does, and the script's flags."""
+def training_step(images, script, *flags, views=None):
+    """A function that makes a training step as the script's main does, and the script's flags;
+    `views`, of the flags, returns another augmentation."""
     with patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, flags)]):
         args = script.parse()
     f = Discriminator(args.width).to(args.device).requires_grad_(False)
     model = (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f).to(args.device)
+    model.augment = views(args) if views else model.augment
     ddp = compile_networks(model, args)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
@@ -227,11 +229,9 @@ def variant_step(images, given, batch, method, mode, precision):
     before = torch.cuda.memory_allocated() if given.cuda else 0
     script, *flags = METHODS[method]
     flags += [*batch, *{"captured": [], "compiled": ["--compile"]}.get(mode, ["--eager"])]
+    views = {"v2": lambda args: V2, "PIL": lambda args: pil_views(images, 2 * args.batch_size)}
     step, args = training_step(images, script, *flags, "--width", given.width, "--device",
-                               given.device, "--precision", precision)
-    if mode in ("PIL", "v2"):
-        views = V2 if mode == "v2" else pil_views(images, 2 * args.batch_size)
-        step = patch.object(script, "augment", views)(step)
+                               given.device, "--precision", precision, views=views.get(mode))
     return step, args, peak_memory(step, before) if given.cuda else ""
 
 

@@ -17,9 +17,10 @@ import byol_langevin
 import common
 import simclr_disc
 import simclr_langevin
-from common import (Discriminator, Encoder, UserError, compile_networks, draw_shapes, langevin,
-                    make_parser, prepare_device)
+from common import (Discriminator, Encoder, UserError, augment, compile_networks, draw_shapes,
+                    langevin, make_parser, prepare_device)
 from linear_eval import extract_features
+from test_augmentation import distance, picture, statistics
 from test_methods import make
 
 YES, NO = SimpleNamespace(compile=True), SimpleNamespace(compile=False)
@@ -51,10 +52,10 @@ def losses(method):
 
 
 @pytest.mark.parametrize("script, graphs, backend", [
-    (simclr_disc, 3, "eager"),          # encoder in train and evaluation mode, D;
-    (byol_disc, 4, "eager"),            # the target;
-    (simclr_langevin, 4, "eager"),      # both encoders once more for a generated view
-    (byol_langevin, 6, "aot_eager")])
+    (simclr_disc, 4, "eager"),          # augment, encoder in train and evaluation mode, D;
+    (byol_disc, 5, "eager"),            # the target;
+    (simclr_langevin, 6, "eager"),      # augment and encoders once more for a generated view
+    (byol_langevin, 8, "aot_eager")])
 def test_losses_are_those_without(script, graphs, backend, monkeypatch):
     plain = make(script)
     expected, names = losses(plain), list(plain.state_dict())
@@ -99,9 +100,22 @@ def test_a_chain_by_the_code_generator_is_that_without():
     x = torch.rand(4, 3, 32, 32)
     expected = langevin(method.f, x, 3, 10, 0.0)
     assert (expected - x).abs().max() > 1e-3
+    method.augment = augment
     compile_networks(method, YES)
     assert torch.allclose(langevin(method.f, x, 3, 10, 0.0), expected, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif("INDUCTOR" not in os.environ, reason="as above")
+def test_views_by_the_code_generator_are_of_the_same_distribution():
+    torch.manual_seed(0)
+    method, x = torch.nn.Module(), picture().expand(4000, 3, 32, 32)
+    method.augment = augment
+    plain, views = augment(x), compile_networks(method, YES).augment(x)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for name, values in statistics(plain).items():
+        assert distance(values, statistics(views)[name]) < 0.05, name
+    assert distance(statistics(plain)["mean"], statistics(0.95 * views)["mean"]) > 0.05
 
 
 def test_it_is_off_by_default():

@@ -955,7 +955,7 @@ def checksum(*tensors):
 
 VERSION = 2                                               # without one, ade was what gan is now
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager", "computed_in"}
-NOT_FLAGS = {"images": "other images", "f": "another EBM", "version": "other code",
+NOT_FLAGS = {"images": "other images", "f": "another EBM or teacher", "version": "other code",
              "done": "another checkpoint"}
 
 
@@ -1107,6 +1107,7 @@ class Training:
         self.began = self.written = time.monotonic()
         while self.done < total:
             start, self.done, self.rows = self.done, min(self.done + size, total), []
+            self.round_began = time.monotonic()
             yield start, self.done
 
     def log(self, **terms):
@@ -1121,10 +1122,11 @@ class Training:
         return {self.counter: self.done, **dict(zip(self.rows[0], (means / self.ranks).tolist()))}
 
     def keep(self, row, text):
-        """End the round: log its row, write a checkpoint where one is due, and show the text."""
+        """End the round: log its row and its seconds, write a checkpoint where one is due, and show
+        the text."""
         now = time.monotonic()
         if rank() == 0:
-            append(self.path / "log.jsonl", row)
+            append(self.path / "log.jsonl", {**row, "seconds": round(now - self.round_began, 2)})
             if self.done == self.total or now > self.written + CHECKPOINT_SECONDS:
                 save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
                      done=self.done, **{name: x.state_dict() for name, x in self.state.items()})
@@ -1382,6 +1384,10 @@ def load_ebm(path, device):
     return d.to(device).requires_grad_(False)
 
 
+def ebm_checksum(path):
+    return checksum(*load_ebm(path, "cpu").state_dict().values())
+
+
 def train_ebm(images, args):
     """The frozen f of the EBM in the file args.ebm, trained first if there is none.
 
@@ -1439,6 +1445,8 @@ class Run(Training):
         if (self.path / "eval.json").exists():
             with reading(self.path / "eval.json") as result:
                 accuracies = describe(result)
+            if "f" in self.saved.keys() - self.config.keys() and Path(args.ebm).exists():
+                same_config(self.path, self.saved, {"f": ebm_checksum(args.ebm)})
             known = "data" in result and has_test(args)
             if (data_checksum(args) != result["data"] if known
                     else args.data_dir != self.saved["data_dir"]):
@@ -1466,17 +1474,16 @@ class Run(Training):
         if rank() == 0:
             train_ebm(images, self.args)
         barrier()
-        f = load_ebm(self.args.ebm, self.args.device)
-        self.config["f"] = checksum(*f.state_dict().values())
+        self.config["f"] = ebm_checksum(self.args.ebm)
         self.check_config()
-        return f
+        return load_ebm(self.args.ebm, self.args.device)
 
     def epochs(self, **state):
         """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule."""
         args = self.args
         for _, epoch in self.rounds("epoch", args.epochs, 1, state):
             torch.manual_seed(seed_of(args.seed, epoch, rank()))
-            lr, self.epoch_began = state["optimizer"].param_groups[0]["lr"], time.monotonic()
+            lr = state["optimizer"].param_groups[0]["lr"]
             yield epoch
             row = {**self.means(), "lr": lr, "images_per_s": self.speed()}
             self.stop_if_not_finite(row, state["model"])
@@ -1504,7 +1511,7 @@ class Run(Training):
 
     def speed(self):
         """Images a second, on all ranks, since the epoch began."""
-        images, seconds = len(self.rows) * self.args.batch_size, time.monotonic() - self.epoch_began
+        images, seconds = len(self.rows) * self.args.batch_size, time.monotonic() - self.round_began
         return round(images / max(seconds, 1e-9), 1)
 
     def stop_if_not_finite(self, row, model):

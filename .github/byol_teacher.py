@@ -67,9 +67,9 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     teacher = Teacher(args.teacher, images, args)
     args.teacher = teacher.kind                                           # where it is is no matter
+    args.f = checksum(*teacher.state_dict().values())                     # a run is known by it
     run = Run(args, images, evaluate)
     total_steps = run.total_steps(images)
-    run.config["f"] = checksum(*teacher.state_dict().values())
     torch.manual_seed(args.seed)
     model = BYOL(args, teacher).to(args.device)
     ddp = distribute(compile_networks(model, args))

@@ -3,6 +3,7 @@
     method                      method.svg: the method, with images from views.png
     curves [FILE.jsonl]         curves.svg: 5-NN accuracy over epochs, and over minutes of one core
     scatter FILE.jsonl ...      scatter.svg: BYOL's gain against how good view 3's teacher is
+    minutes FILE.jsonl ...      prints the minutes that each setting's training took
     views EBM.pt DIR            views.png: the views of a test image of every class in DIR/test
     samples LABEL=FOLDER ...    samples.png: training images, and samples, from .ebm folders
 
@@ -28,7 +29,9 @@ from torchvision.utils import make_grid
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from common import UserError, augment, langevin, launch, load_ebm, load_images, mix_with_noise
+from common import (EBM_ROUND, UserError, augment, langevin, launch, load_ebm, load_images,
+                    mix_with_noise)
+from linear_eval import labels
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -167,16 +170,18 @@ def name_of(config):
 def pairs(rows):
     """{teacher: [(its probe, BYOL's gain)]} of one machine's runs, a pair for every seed."""
     rows = [(row["config"], row["result"]["linear"]) for row in rows if row["result"]]
-    linear = {(name_of(config), config["seed"]): value for config, value in rows
-              if config.get("coeff") == 0 or config["script"] == "ebm"}
-    found = {}
+    made_alike, alike = ("seed", "images", "width"), ("schedule", "batch_size", "lr", "tau", "emb")
+    linear, found = {}, {}
+    for config, value in rows:
+        if config.get("coeff") == 0 or config["script"] == "ebm":
+            linear[name_of(config), *map(config.get, made_alike)] = config, value
     for config, value in rows:
         if config.get("coeff") == 1 and config["script"] in ("byol_disc", "byol_teacher"):
-            teacher, seed = name_of(config), config["seed"]
-            probe = linear.get((teacher, seed))
-            plain = linear.get((f"byol_disc of {config['epochs']} epochs", seed))
-            if probe is None or plain is None:
-                print(f"left out: {teacher}, seed {seed}; its probe or plain BYOL is missing")
+            teacher, made = name_of(config), [*map(config.get, made_alike)]
+            _, probe = linear.get((teacher, *made), (None, None))
+            other, plain = linear.get((f"byol_disc of {config['epochs']} epochs", *made), ({}, 0))
+            if probe is None or any(other.get(flag) != config.get(flag) for flag in alike):
+                print(f"left out: {teacher}, seed {made[0]}; its probe or plain BYOL is missing")
             else:
                 found.setdefault(teacher, []).append((probe, value - plain))
     return found
@@ -210,8 +215,8 @@ def scatter(first, *more):
         probes.append(mean(probe))
         gains.append(mean(gain))
         errors.append(stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0)
-        print(f"{teacher}: probe {probes[-1]:.1f}, gain {gains[-1]:+.1f}, standard error "
-              f"{errors[-1] or math.nan:.1f}, n = {len(points)}")
+        error = f" ± {errors[-1]:.1f}" if len(gain) > 1 else ""
+        print(f"{teacher}: probe {probes[-1]:.1f}, gain {gains[-1]:+.1f}{error}, n = {len(gain)}")
     ends = [gain + sign * error for gain, error in zip(gains, errors) for sign in (-1, 1)]
     svg, at = axes(40, 580, ticks(probes), ticks([0, *ends]),
                    "linear probe of the teacher's frozen features, %")
@@ -230,6 +235,25 @@ def scatter(first, *more):
                 shape("rect", x=f"{x - 6:.1f}", y=f"{y - 6:.1f}", width=12, height=12, fill=color,
                       rx=6 if color == RED else 0), place(x, y, words, taken)]
     write_svg("scatter.svg", 640, 390, svg)
+
+
+# --- What a run takes -------------------------------------------------------------------------
+
+
+def minutes(*files):
+    """Print the minutes of training: the rounds of a run or an EBM at their median seconds."""
+    for file in files:
+        runs = [row for row in read(file) if "script" in row["config"]]
+        names, taken = labels([(row["config"], row["result"] or {}) for row in runs])[0], {}
+        for name, row in zip(names, runs):
+            config = row["config"]
+            rounds = [at["seconds"] if "seconds" in at else config["subset"] / at["images_per_s"]
+                      for at in row["log"] if "seconds" in at or "images_per_s" in at]
+            if rounds:
+                total = config.get("epochs") or config["ebm_iters"] / EBM_ROUND
+                taken.setdefault(name, []).append(total * median(rounds) / 60)
+        for name, values in taken.items():
+            print(f"{Path(file).stem}: {mean(values):.0f} minutes, n = {len(values)}: {name}")
 
 
 # --- The method ------------------------------------------------------------------------------
@@ -356,7 +380,7 @@ def main():
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return print(__doc__)
-    draw = {f.__name__: f for f in (method, curves, scatter, views, samples)}.get(name)
+    draw = {f.__name__: f for f in (method, curves, scatter, minutes, views, samples)}.get(name)
     try:
         inspect.signature(draw).bind(*arguments)
     except TypeError:

@@ -248,7 +248,7 @@ def test_ranks_that_differ_are_told_so_wherever_they_meet(tmp_path, monkeypatch)
             (["seed"], "--seed 1, not 0", lambda: common.Run(args, images, None)),
             (["images"], "other images", lambda: common.Run(args, images, None)),
             (["images"], "other images", common.main),
-            (["f"], "another EBM", lambda: next(run.epochs())),
+            (["f"], "another EBM or teacher", lambda: next(run.epochs())),
             (["done"], "another checkpoint", lambda: next(run.epochs()))]:
         with pytest.raises(UserError, match=f"rank 1, unlike rank 0: made with {name}; name"):
             there()

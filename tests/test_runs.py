@@ -481,9 +481,13 @@ def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
     (tmp_path / "ebm.pt").rename(tmp_path / "moved.pt")
     (tmp_path / "run" / "eval.json").unlink()
     assert go_on("moved.pt") == 0, (tmp_path / "err").read_text()
-    (tmp_path / "run" / "eval.json").unlink()
-    assert go_on("other.pt") == 2
-    assert (tmp_path / "err").read_text().startswith("error: run: made with another EBM; name")
+    for finished in (True, False):                      # an EBM that is gone makes no difference
+        for ebm, status in [("moved.pt", 0), ("other.pt", 2), ("gone.pt", 0)][:2 + finished]:
+            assert go_on(ebm) == status, (ebm, finished)
+        assert (tmp_path / "gone.pt").exists() is False
+        assert go_on("other.pt") == 2
+        assert (tmp_path / "err").read_text().startswith("error: run: made with another EBM or")
+        (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
 
 
 def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
@@ -536,9 +540,9 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypa
 
 def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
     monkeypatch.setattr(common.time, "monotonic", lambda: 5.0)
-    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), epoch_began=5.0)
+    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), round_began=5.0)
     assert Run.speed(run) > 1e6
-    run.epoch_began = 3.0
+    run.round_began = 3.0
     assert Run.speed(run) == 4.0
 
 

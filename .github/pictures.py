@@ -4,6 +4,7 @@
     curves [FILE.jsonl]         curves.svg: 5-NN accuracy over epochs, and over minutes of one core
     scatter FILE.jsonl ...      scatter.svg: BYOL's gain against how good view 3's teacher is
     minutes FILE.jsonl ...      prints the minutes that each setting's training took
+    chain RUN EBM.pt DIR        prints what RUN's encoder tells of test images along their chains
     views EBM.pt DIR            views.png: the views of a test image of every class in DIR/test
     samples LABEL=FOLDER ...    samples.png: training images, and samples, from .ebm folders
 
@@ -15,6 +16,7 @@ import io
 import json
 import math
 import sys
+from argparse import Namespace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -29,9 +31,9 @@ from torchvision.utils import make_grid
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from common import (EBM_ROUND, UserError, augment, langevin, launch, load_ebm, load_images,
-                    mix_with_noise)
-from linear_eval import labels
+from common import (EBM_ROUND, UserError, augment, autocast, langevin, launch, load_ebm,
+                    load_images, mix_with_noise, reading)
+from linear_eval import extract_features, knn_accuracy, labels, linear_accuracy, load_encoder
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -179,8 +181,9 @@ def pairs(rows):
         if config.get("coeff") == 1 and config["script"] in ("byol_disc", "byol_teacher"):
             teacher, made = name_of(config), [*map(config.get, made_alike)]
             _, probe = linear.get((teacher, *made), (None, None))
-            other, plain = linear.get((f"byol_disc of {config['epochs']} epochs", *made), ({}, 0))
-            if probe is None or any(other.get(flag) != config.get(flag) for flag in alike):
+            name = f"byol_disc of {config['epochs']} epochs"
+            other, plain = linear.get((name, *made), ({}, None))
+            if None in (probe, plain) or any(other.get(x) != config.get(x) for x in alike):
                 print(f"left out: {teacher}, seed {made[0]}; its probe or plain BYOL is missing")
             else:
                 found.setdefault(teacher, []).append((probe, value - plain))
@@ -254,6 +257,31 @@ def minutes(*files):
                 taken.setdefault(name, []).append(total * median(rounds) / 60)
         for name, values in taken.items():
             print(f"{Path(file).stem}: {mean(values):.0f} minutes, n = {len(values)}: {name}")
+
+
+# --- What is left of the class along a chain ----------------------------------------------------
+
+
+def chain(run, ebm, directory):
+    """Print PSNR to x, and the accuracies of a probe and of 5-NN that know real images alone, of
+    DIR's test images x and of chains that start at them, by the deck's defaults."""
+    with reading(Path(run) / "config.json") as config:
+        args, f = Namespace(**{**config, "device": "cpu"}), load_ebm(ebm, "cpu")
+    with reading(Path(run) / "checkpoint.pt") as saved:
+        encoder = load_encoder(saved["model"], args.width)
+    (train, train_y), (x, y) = (load_images("folder", directory, s) for s in ("train", "test"))
+    torch.manual_seed(0)
+    with autocast(args):
+        learnt, image = extract_features(encoder, train), mix_with_noise(x / 255, 0.6)
+        for name, steps in [("x", 0), ("I_0", 0), ("I_5", 5), ("I_10", 5), ("I_15", 5)]:
+            if steps:
+                image = torch.cat([langevin(f, i, steps, 10, 0.005) for i in image.split(500)])
+            shown = x / 255 if name == "x" else image
+            error = (shown - x / 255).square().mean((1, 2, 3)).clamp_min(1e-10)
+            data = learnt, train_y, extract_features(encoder, shown), y
+            with torch.autocast("cpu", enabled=False):
+                print(f"{name}: PSNR {-10 * error.log10().mean():.1f} dB, linear "
+                      f"{linear_accuracy(*data):.1f}, 5-NN {knn_accuracy(*data, k=5):.1f}")
 
 
 # --- The method ------------------------------------------------------------------------------
@@ -380,9 +408,9 @@ def main():
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return print(__doc__)
-    draw = {f.__name__: f for f in (method, curves, scatter, minutes, views, samples)}.get(name)
+    named = {f.__name__: f for f in (method, curves, scatter, minutes, chain, views, samples)}
     try:
-        inspect.signature(draw).bind(*arguments)
+        inspect.signature(draw := named.get(name)).bind(*arguments)
     except TypeError:
         raise UserError(f"{' '.join(sys.argv[1:])}: no such picture, or not its arguments; "
                         "see --help") from None

@@ -28,6 +28,7 @@ def work(script, flags, directory, moment=None, environment={}):
     """
     os.environ.update(environment)
     os.chdir(directory)
+    sys.path.append(str(Path(common.__file__).parent / ".github"))
     torch.set_num_threads(1)
     moments = iter(range(1, 1000))
 

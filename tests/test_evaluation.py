@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import common
 import linear_eval
 from common import Encoder, UserError, draw_shapes
-from conftest import ROOT
 from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, once, table
 
 
@@ -304,23 +303,3 @@ def test_split_val_holds_training_images_out(monkeypatch):
     images, labels = images[:9], labels[:9]                             # of nine it is one
     linear_eval.evaluate(encoder, args, metrics=["linear"], split="val")
     assert [len(x) for x in seen[1]] == [8, 8, 1, 1]
-
-
-def test_kept_rows_can_be_drawn(tmp_path):
-    """The scatter pairs a run with plain BYOL and with its teacher's probe, each of its seed."""
-    sys.path.insert(0, str(ROOT / ".github"))
-    import pictures
-    common_flags = {"width": 16, "run_dir": str(tmp_path), "ebm_objective": "gan"}
-
-    def row(script, seed, linear, **flags):
-        return ({**common_flags, "script": script, "seed": seed, **flags}, {"linear": linear})
-
-    rows = [row("byol_disc", 0, 50.0, coeff=0, epochs=20), row("byol_disc", 1, 40.0, coeff=0,
-                                                               epochs=20),
-            row("ebm", 0, 54.0, layers="last", ebm_iters=4000),
-            row("ebm", 1, 55.0, layers="last", ebm_iters=4000),
-            *(row("byol_disc", seed, gain, coeff=1, epochs=20, layers="last", ebm_iters=4000)
-              for seed, gain in [(0, 53.0), (1, 42.0)])]
-    linear_eval.keep(tmp_path / "rows.jsonl", rows)
-    found = pictures.pairs(pictures.read(tmp_path / "rows.jsonl"))
-    assert found == {"D, 4,000 iterations": [(54.0, 3.0), (55.0, 2.0)]}

@@ -1,0 +1,106 @@
+"""What stands beside the README: the control of another teacher, and what draws and counts."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import linear_eval
+import processes
+from common import Encoder, augment, draw_shapes
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / ".github"))
+import byol_teacher
+import pictures
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A SimCLR run of two epochs, one stopped after the first, and BYOL with the former's view."""
+    place = tmp_path_factory.mktemp("teacher")
+    for name, status, moment in [("simclr", 0, None), ("stopped", -9, 5)]:
+        assert status == processes.run("simclr_disc", place, "--coeff", "0", "--run-dir", name,
+                                       moment=moment)
+    assert teach(place, "student", "simclr") == 0, (place / "err").read_text()
+    return place
+
+
+def teach(place, run_dir, teacher, *flags):
+    (place / "err").unlink(missing_ok=True)
+    return processes.run("byol_teacher", place, "--coeff", "1", "--run-dir", run_dir, "--teacher",
+                         teacher, *flags)
+
+
+def test_a_teacher_is_the_encoder_of_a_finished_run_of_the_seed(made):
+    config = json.loads((made / "student" / "config.json").read_text())
+    assert config["teacher"] == "simclr_disc of 2 epochs" and config["f"]
+    assert teach(made, "student", "simclr") == 0        # finished
+    for teacher, flags, problem in [("stopped", (), "is at epoch 1 of 2; finish it first"),
+                                    ("simclr", ("--seed", "1"), "of --seed 0; name one of"),
+                                    ("student", (), "made with --teacher simclr_disc of 2 epochs"),
+                                    ("nowhere", (), "No such file or directory: 'nowhere")]:
+        assert teach(made, "student", teacher, *flags) == 2
+        assert problem in (made / "err").read_text() and "Trace" not in (made / "err").read_text()
+
+
+def test_its_features_are_those_of_the_encoder_standardised(made):
+    images, args = draw_shapes(300, seed=3)[0], SimpleNamespace(
+        width=8, subset=64, seed=0, device="cpu", precision="fp32")
+    teacher = byol_teacher.Teacher(made / "simclr", images, args)
+    saved = torch.load(made / "simclr" / "checkpoint.pt", weights_only=True)["model"]
+    encoder = Encoder(8).eval()
+    encoder.load_state_dict({name[8:]: x for name, x in saved.items() if name[:8] == "encoder."})
+    torch.manual_seed(0)                                # the pass over which it standardised
+    views = augment(images)
+    h, raw = teacher.features(views, "last"), encoder(views)
+    assert torch.allclose(h, (raw - raw.mean(0)) / raw.std(0), atol=1e-3)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+
+def row(script, seed, linear, epochs=20, **flags):
+    config = {"width": 16, "images": 1, "script": script, "seed": seed, "epochs": epochs, **flags}
+    result = dict.fromkeys(linear_eval.METRICS, linear)
+    return {"config": config, "result": result, "log": []}
+
+
+def test_a_gain_is_over_the_plain_run_that_is_alike():
+    """Of its seed, epochs, images and flags; its x is the probe of its own teacher."""
+    d, view = dict(layers="last", ebm_iters=4000), dict(coeff=1, layers="last", ebm_iters=4000)
+    rows = [row("byol_disc", 0, 50.0, coeff=0), row("byol_disc", 1, 40.0, coeff=0),
+            row("byol_disc", 0, 51.0, 22, coeff=0), row("simclr_disc", 0, 55.0, coeff=0),
+            row("ebm", 0, 54.0, **d), row("ebm", 1, 55.0, **d), row("ebm", 0, 46.0, images=2, **d),
+            row("byol_disc", 0, 53.0, **view), row("byol_disc", 1, 42.0, **view),
+            row("byol_teacher", 0, 54.5, coeff=1, teacher="simclr_disc of 20 epochs"),
+            row("byol_teacher", 0, 53.5, coeff=1, teacher="byol_disc of 22 epochs")]
+    assert pictures.pairs(rows) == {
+        "D, 4,000 iterations": [(54.0, 3.0), (55.0, 2.0)],
+        "simclr_disc of 20 epochs": [(55.0, 4.5)], "byol_disc of 22 epochs": [(51.0, 3.5)]}
+    for change in [{"schedule": "step"}, {"images": 2}, {"width": 8}, {"epochs": 30}, {"seed": 2}]:
+        other = {**rows[7], "config": {**rows[7]["config"], **change}}
+        assert pictures.pairs(rows[:7] + [other]) == {}
+
+
+def test_minutes_are_the_median_rounds(tmp_path, capsys):
+    ebm, run = row("ebm", 0, 50.0, ebm_iters=400), row("byol_disc", 0, 50.0, epochs=3, subset=600)
+    del ebm["config"]["epochs"]
+    ebm["log"] = [{"argv": []}, *({"iteration": i, "seconds": s} for i, s in [(1, 30), (2, 30),
+                                                                             (3, 90)])]
+    run["log"] = [{"epoch": 1, "images_per_s": 1.0}, {"epoch": 2, "images_per_s": 2.0},
+                  {"epoch": 3, "images_per_s": 5.0}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [ebm, run])))
+    pictures.minutes(tmp_path / "rows.jsonl")
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
+        " 2 minutes, n = 1", " 15 minutes, n = 1"]
+
+
+def test_along_a_chain_the_image_gains_noise_and_loses_the_class(made, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(60, seed=3))
+    assert processes.run("common", made, "--ebm", "ebm.pt") == 0
+    pictures.chain(made / "simclr", made / "ebm.pt", "DIR")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["x:", "I_0:", "I_5:", "I_10:", "I_15:"]
+    psnr = [float(line[2]) for line in lines]
+    assert psnr[0] == 100 and 14 < psnr[1] < 18 and all(abs(a - psnr[1]) < 3 for a in psnr[2:])
+    assert float(lines[0][7]) > float(lines[1][7])      # 5-NN, whose own image is among the known

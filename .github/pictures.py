@@ -5,6 +5,7 @@
     scatter FILE.jsonl ...      scatter.svg: BYOL's gain against how good view 3's teacher is
     minutes FILE.jsonl ...      prints the minutes that each setting's training took
     chain RUN EBM.pt DIR        prints what RUN's encoder tells of test images along their chains
+    harder DIR RUN ...          prints what encoders are worth with few labels, and under noise
     views EBM.pt DIR            views.png: the views of a test image of every class in DIR/test
     samples LABEL=FOLDER ...    samples.png: training images, and samples, from .ebm folders
 
@@ -259,16 +260,42 @@ def minutes(*files):
             print(f"{Path(file).stem}: {mean(values):.0f} minutes, n = {len(values)}: {name}")
 
 
-# --- What is left of the class along a chain ----------------------------------------------------
+# --- What an encoder tells of other images ----------------------------------------------------
+
+
+def trained(run):
+    """The encoder of the run in a directory, and its flags, on the CPU."""
+    with reading(Path(run) / "config.json") as config:
+        args = Namespace(**{**config, "device": "cpu"})
+    with reading(Path(run) / "checkpoint.pt") as saved:
+        return load_encoder(saved["model"], args.width), args
+
+
+def harder(directory, *runs):
+    """Print accuracies with few labels, over five draws of them, and of noisy test images."""
+    (x, y), (test, test_y) = (load_images("folder", directory, s) for s in ("train", "test"))
+    torch.manual_seed(0)
+    noisy = (test / 255 + 0.1 * torch.randn(test.shape)).clamp(0, 1)
+    for run in runs:
+        encoder, args = trained(run)
+        with autocast(args):
+            x_h, test_h, noisy_h = (extract_features(encoder, i) for i in (x, test, noisy))
+        words = []
+        for few in (10, 100):
+            torch.manual_seed(0)
+            draws = [torch.cat([(y == k).nonzero()[:, 0][torch.randperm(int((y == k).sum()))[:few]]
+                                for k in range(int(y.max()) + 1)]) for _ in range(5)]
+            values = [linear_accuracy(x_h[i], y[i], test_h, test_y) for i in draws]
+            words.append(f"{few} labels a class {mean(values):.1f} ± {stdev(values):.1f}")
+        print(f"{run}: linear, {', '.join(words)}; noisy "
+              f"{linear_accuracy(x_h, y, noisy_h, test_y):.1f}, 5-NN "
+              f"{knn_accuracy(x_h, y, noisy_h, test_y, k=5):.1f}")
 
 
 def chain(run, ebm, directory):
     """Print PSNR to x, and the accuracies of a probe and of 5-NN that know real images alone, of
     DIR's test images x and of chains that start at them, by the deck's defaults."""
-    with reading(Path(run) / "config.json") as config:
-        args, f = Namespace(**{**config, "device": "cpu"}), load_ebm(ebm, "cpu")
-    with reading(Path(run) / "checkpoint.pt") as saved:
-        encoder = load_encoder(saved["model"], args.width)
+    (encoder, args), f = trained(run), load_ebm(ebm, "cpu")
     (train, train_y), (x, y) = (load_images("folder", directory, s) for s in ("train", "test"))
     torch.manual_seed(0)
     with autocast(args):
@@ -408,7 +435,8 @@ def main():
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         return print(__doc__)
-    named = {f.__name__: f for f in (method, curves, scatter, minutes, chain, views, samples)}
+    named = {f.__name__: f for f in (method, curves, scatter, minutes, chain, harder, views,
+                                    samples)}
     try:
         inspect.signature(draw := named.get(name)).bind(*arguments)
     except TypeError:

@@ -104,3 +104,16 @@ def test_along_a_chain_the_image_gains_noise_and_loses_the_class(made, monkeypat
     psnr = [float(line[2]) for line in lines]
     assert psnr[0] == 100 and 14 < psnr[1] < 18 and all(abs(a - psnr[1]) < 3 for a in psnr[2:])
     assert float(lines[0][7]) > float(lines[1][7])      # 5-NN, whose own image is among the known
+
+
+def test_few_labels_and_noise_are_harder(made, monkeypatch, capsys):
+    sizes, probe = [], pictures.linear_accuracy
+    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(1500, seed=3))
+    monkeypatch.setattr(pictures, "linear_accuracy", lambda x, y, *rest: (
+        sizes.append(sorted(y.bincount().tolist())) or probe(x, y, *rest, epochs=30)))
+    pictures.harder("DIR", made / "simclr", made / "simclr")
+    lines = [line.split(": linear, ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == lines[1] and len(sizes) == 22
+    assert sizes[:10] == 5 * [10 * [10]] + 5 * [10 * [100]] and sum(sizes[10]) == 1500
+    few, many, noisy = lines[0].replace(";", ",").split(", ")[:3]
+    assert 10 < float(few.split()[4]) < float(many.split()[4]) and float(noisy.split()[1]) > 5

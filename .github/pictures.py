@@ -294,18 +294,19 @@ def harder(directory, *runs):
 
 def chain(run, ebm, directory):
     """Print PSNR to x, and the accuracies of a probe and of 5-NN that know real images alone, of
-    DIR's test images x and of chains that start at them, by the deck's defaults."""
+    DIR's test images x, of noisy ones, and of chains from them by the deck's defaults."""
     (encoder, args), f = trained(run), load_ebm(ebm, "cpu")
     (train, train_y), (x, y) = (load_images("folder", directory, s) for s in ("train", "test"))
-    torch.manual_seed(0)
+    x = x / 255
     with autocast(args):
-        learnt, image = extract_features(encoder, train), mix_with_noise(x / 255, 0.6)
-        for name, steps in [("x", 0), ("I_0", 0), ("I_5", 5), ("I_10", 5), ("I_15", 5)]:
-            if steps:
-                image = torch.cat([langevin(f, i, steps, 10, 0.005) for i in image.split(500)])
-            shown = x / 255 if name == "x" else image
-            error = (shown - x / 255).square().mean((1, 2, 3)).clamp_min(1e-10)
-            data = learnt, train_y, extract_features(encoder, shown), y
+        learnt = extract_features(encoder, train)
+        for name, alpha, steps in [("x", 1, 0), ("0.75 x + 0.25 noise", 0.75, 0), ("I_0", 0.6, 0),
+                                   ("I_5", 0.6, 5), ("I_10", 0.6, 10), ("I_15", 0.6, 15)]:
+            torch.manual_seed(0)
+            image = torch.cat([langevin(f, mix_with_noise(part, alpha), steps, 10, 0.005)
+                               for part in x.split(500)])
+            error = (image - x).square().mean((1, 2, 3)).clamp_min(1e-10)
+            data = learnt, train_y, extract_features(encoder, image), y
             with torch.autocast("cpu", enabled=False):
                 print(f"{name}: PSNR {-10 * error.log10().mean():.1f} dB, linear "
                       f"{linear_accuracy(*data):.1f}, 5-NN {knn_accuracy(*data, k=5):.1f}")

@@ -20,7 +20,7 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, byol_loss, captured, compile_networks,
+from common import (Encoder, Run, augment, autocast, byol_loss, captured, compile_model,
                     distribute, ema_update, launch, lr_factor, make_parser, mlp, number,
                     parse_flags, target_tau, training_images, z_std)
 from linear_eval import evaluate
@@ -93,7 +93,7 @@ def main():
     discriminator = run.get_ebm(images) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
     model = BYOL(args, discriminator).to(args.device)
-    ddp = distribute(compile_networks(model, args))
+    ddp = distribute(compile_model(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

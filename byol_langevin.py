@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
-                    byol_loss, captured, chain_end, chain_flags, compile_networks, distribute,
+                    byol_loss, captured, chain_end, chain_flags, compile_model, distribute,
                     ema_update, launch, lr_factor, make_parser, mlp, number, parse_flags,
                     target_tau, training_images, z_std)
 from linear_eval import evaluate
@@ -97,7 +97,7 @@ def main():
         total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
     model = BYOL(args, f).to(args.device)
-    ddp = distribute(compile_networks(model, args))
+    ddp = distribute(compile_model(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

@@ -16,7 +16,7 @@ discriminator (--layers all: of the last of each stage), standardised; g_D their
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, captured, compile_networks, distribute, launch,
+from common import (Encoder, Run, augment, autocast, captured, compile_model, distribute, launch,
                     lr_factor, make_parser, mlp, nt_xent, number, parse_flags, training_images,
                     z_std)
 from linear_eval import evaluate
@@ -76,7 +76,7 @@ def main():
     discriminator = run.get_ebm(images) if args.coeff > 0 else None
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)
-    ddp = distribute(compile_networks(model, args))
+    ddp = distribute(compile_model(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

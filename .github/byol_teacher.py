@@ -14,7 +14,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from byol_disc import BYOL
-from common import (Run, UserError, augment, autocast, captured, checksum, compile_networks,
+from common import (Run, UserError, augment, autocast, captured, checksum, compile_model,
                     distribute, launch, lr_factor, make_parser, number, parse_flags, reading,
                     target_tau, training_images)
 from linear_eval import evaluate, load_encoder
@@ -72,7 +72,7 @@ def main():
     total_steps = run.total_steps(images)
     torch.manual_seed(args.seed)
     model = BYOL(args, teacher).to(args.device)
-    ddp = distribute(compile_networks(model, args))
+    ddp = distribute(compile_model(model, args))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))

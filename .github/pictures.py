@@ -1,4 +1,4 @@
-"""The README's pictures, beside this file: python .github/pictures.py NAME ...
+"""Pictures and figures of README.md and RESULTS.md: python .github/pictures.py NAME ...
 
     method                      method.svg: the method, with images from views.png
     curves [FILE.jsonl]         curves.svg: 5-NN accuracy over epochs, and over minutes of one core
@@ -34,7 +34,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import (EBM_ROUND, UserError, augment, autocast, langevin, launch, load_ebm,
                     load_images, mix_with_noise, reading)
-from linear_eval import extract_features, knn_accuracy, labels, linear_accuracy, load_encoder
+from linear_eval import (extract_features, knn_accuracy, labels, linear_accuracy, load_encoder,
+                         same_images)
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -167,27 +168,34 @@ def name_of(config):
     iters, objective = config["ebm_iters"], config.get("ebm_objective", "gan")
     trained = f"{iters:,} iterations" if iters else "untrained"
     other = f" of {objective}" if iters and objective != "gan" else ""
+    if iters and config.get("ebm_rotation"):
+        other += f", rotation {config['ebm_rotation']}"
     return f"D, {trained}{other}" + (", all stages" if config["layers"] == "all" else "")
 
 
 def pairs(rows):
     """{teacher: [(its probe, BYOL's gain)]} of one machine's runs, a pair for every seed."""
     rows = [(row["config"], row["result"]["linear"]) for row in rows if row["result"]]
-    made_alike, alike = ("seed", "images", "width"), ("schedule", "batch_size", "lr", "tau", "emb")
-    linear, found = {}, {}
+    probes, plain, found, alike = {}, {}, {}, ("schedule", "batch_size", "lr", "tau", "emb")
+
+    def key(config, *more):
+        return tuple(config.get(flag) for flag in ("seed", "images", "width", *more))
+
     for config, value in rows:
         if config.get("coeff") == 0 or config["script"] == "ebm":
-            linear[name_of(config), *map(config.get, made_alike)] = config, value
+            probes[name_of(config), key(config)] = value
+        if config.get("coeff") == 0 and config["script"] == "byol_disc":
+            plain[key(config, "epochs", *alike)] = value
     for config, value in rows:
         if config.get("coeff") == 1 and config["script"] in ("byol_disc", "byol_teacher"):
-            teacher, made = name_of(config), [*map(config.get, made_alike)]
-            _, probe = linear.get((teacher, *made), (None, None))
-            name = f"byol_disc of {config['epochs']} epochs"
-            other, plain = linear.get((name, *made), ({}, None))
-            if None in (probe, plain) or any(other.get(x) != config.get(x) for x in alike):
-                print(f"left out: {teacher}, seed {made[0]}; its probe or plain BYOL is missing")
+            teacher = name_of(config)
+            probe = probes.get((teacher, key(config)))
+            base = plain.get(key(config, "epochs", *alike))
+            if probe is None or base is None:
+                print(f"left out: {teacher}, seed {config['seed']}; its probe or plain BYOL is "
+                      "missing")
             else:
-                found.setdefault(teacher, []).append((probe, value - plain))
+                found.setdefault(teacher, []).append((probe, value - base))
     return found
 
 
@@ -251,11 +259,13 @@ def minutes(*files):
         names, taken = labels([(row["config"], row["result"] or {}) for row in runs])[0], {}
         for name, row in zip(names, runs):
             config = row["config"]
-            rounds = [at["seconds"] if "seconds" in at else config["subset"] / at["images_per_s"]
-                      for at in row["log"] if "seconds" in at or "images_per_s" in at]
-            if rounds:
-                total = config.get("epochs") or config["ebm_iters"] / EBM_ROUND
-                taken.setdefault(name, []).append(total * median(rounds) / 60)
+            seconds = [at["seconds"] for at in row["log"] if "seconds" in at]
+            if not seconds and config.get("use") != "dataset":          # older code logged none
+                seconds = [config["subset"] / at["images_per_s"] for at in row["log"]
+                           if "images_per_s" in at and config["subset"]]
+            if seconds:
+                total = config.get("epochs") or math.ceil(config["ebm_iters"] / EBM_ROUND)
+                taken.setdefault(name, []).append(total * median(seconds) / 60)
         for name, values in taken.items():
             print(f"{Path(file).stem}: {mean(values):.0f} minutes, n = {len(values)}: {name}")
 
@@ -263,10 +273,12 @@ def minutes(*files):
 # --- What an encoder tells of other images ----------------------------------------------------
 
 
-def trained(run):
-    """The encoder of the run in a directory, and its flags, on the CPU."""
+def trained(run, directory):
+    """The encoder of the run in a directory, and its flags, on the CPU; UserError where DIR has
+    other training images."""
     with reading(Path(run) / "config.json") as config:
-        args = Namespace(**{**config, "device": "cpu"})
+        args = Namespace(**{**config, "device": "cpu", "dataset": "folder", "data_dir": directory})
+    same_images(run, config, args)
     with reading(Path(run) / "checkpoint.pt") as saved:
         return load_encoder(saved["model"], args.width), args
 
@@ -277,7 +289,7 @@ def harder(directory, *runs):
     torch.manual_seed(0)
     noisy = (test / 255 + 0.1 * torch.randn(test.shape)).clamp(0, 1)
     for run in runs:
-        encoder, args = trained(run)
+        encoder, args = trained(run, directory)
         with autocast(args):
             x_h, test_h, noisy_h = (extract_features(encoder, i) for i in (x, test, noisy))
         words = []
@@ -295,7 +307,7 @@ def harder(directory, *runs):
 def chain(run, ebm, directory):
     """Print PSNR to x, and the accuracies of a probe and of 5-NN that know real images alone, of
     DIR's test images x, of noisy ones, and of chains from them by the deck's defaults."""
-    (encoder, args), f = trained(run), load_ebm(ebm, "cpu")
+    (encoder, args), f = trained(run, directory), load_ebm(ebm, "cpu")
     (train, train_y), (x, y) = (load_images("folder", directory, s) for s in ("train", "test"))
     x = x / 255
     with autocast(args):
@@ -305,10 +317,10 @@ def chain(run, ebm, directory):
             torch.manual_seed(0)
             image = torch.cat([langevin(f, mix_with_noise(part, alpha), steps, 10, 0.005)
                                for part in x.split(500)])
-            error = (image - x).square().mean((1, 2, 3)).clamp_min(1e-10)
+            psnr = -10 * (image - x).square().mean((1, 2, 3)).log10().mean()       # of x, infinite
             data = learnt, train_y, extract_features(encoder, image), y
             with torch.autocast("cpu", enabled=False):
-                print(f"{name}: PSNR {-10 * error.log10().mean():.1f} dB, linear "
+                print(f"{name}: PSNR {psnr:.1f} dB, linear "
                       f"{linear_accuracy(*data):.1f}, 5-NN {knn_accuracy(*data, k=5):.1f}")
 
 
@@ -441,7 +453,7 @@ def main():
     try:
         inspect.signature(draw := named.get(name)).bind(*arguments)
     except TypeError:
-        raise UserError(f"{' '.join(sys.argv[1:])}: no such picture, or not its arguments; "
+        raise UserError(f"{' '.join(sys.argv[1:])}: no such name, or not its arguments; "
                         "see --help") from None
     draw(*arguments)
 

@@ -46,7 +46,7 @@ import byol_disc
 import byol_langevin
 import simclr_disc
 import simclr_langevin
-from common import (Discriminator, augment, autocast, captured, compile_networks, draw_shapes,
+from common import (Discriminator, augment, autocast, captured, compile_model, draw_shapes,
                     in_bf16, launch, lr_factor, number, prepare_device, target_tau)
 from linear_eval import linear_accuracy
 
@@ -84,7 +84,7 @@ def training_step(images, script, *flags, views=None):
     f = Discriminator(args.width).to(args.device).requires_grad_(False)
     model = (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f).to(args.device)
     model.augment = views(args) if views else model.augment
-    ddp = compile_networks(model, args)
+    ddp = compile_model(model, args)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     total_steps = args.epochs * (len(images) // args.batch_size)

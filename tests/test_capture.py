@@ -73,8 +73,11 @@ def gpu(monkeypatch):
     def graph(graph, stream):
         done.append("capture")
         state = torch.get_rng_state()
-        with graph:
-            yield
+        try:
+            with graph:
+                yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture")
         torch.set_rng_state(state)
         for x, before in graph.before.values():
             x.detach().copy_(before)

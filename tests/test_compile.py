@@ -17,7 +17,7 @@ import byol_langevin
 import common
 import simclr_disc
 import simclr_langevin
-from common import (Discriminator, Encoder, UserError, augment, compile_networks, draw_shapes,
+from common import (Discriminator, Encoder, UserError, augment, compile_model, draw_shapes,
                     langevin, make_parser, prepare_device)
 from linear_eval import extract_features
 from test_augmentation import distance, picture, statistics
@@ -60,10 +60,10 @@ def test_losses_are_those_without(script, graphs, backend, monkeypatch):
     plain = make(script)
     expected, names = losses(plain), list(plain.state_dict())
     assert counters["stats"]["unique_graphs"] == 0
-    losses(compile_networks(make(script), NO))
+    losses(compile_model(make(script), NO))
     assert counters["stats"]["unique_graphs"] == 0                      # a control
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    method = compile_networks(make(script), YES)
+    method = compile_model(make(script), YES)
     assert losses(method) == pytest.approx(expected, abs=1e-3)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert list(method.state_dict()) == names                           # no prefix of a wrapper
@@ -101,7 +101,7 @@ def test_a_chain_by_the_code_generator_is_that_without():
     expected = langevin(method.f, x, 3, 10, 0.0)
     assert (expected - x).abs().max() > 1e-3
     method.augment = augment
-    compile_networks(method, YES)
+    compile_model(method, YES)
     assert torch.allclose(langevin(method.f, x, 3, 10, 0.0), expected, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -111,7 +111,7 @@ def test_views_by_the_code_generator_are_of_the_same_distribution():
     torch.manual_seed(0)
     method, x = torch.nn.Module(), picture().expand(4000, 3, 32, 32)
     method.augment = augment
-    plain, views = augment(x), compile_networks(method, YES).augment(x)
+    plain, views = augment(x), compile_model(method, YES).augment(x)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for name, values in statistics(plain).items():
         assert distance(values, statistics(views)[name]) < 0.05, name

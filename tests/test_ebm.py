@@ -12,14 +12,20 @@ from PIL import Image
 
 import common
 import linear_eval
-from common import (Discriminator, Generator, ReplayBuffer, UserError, draw_shapes, load_ebm,
-                    train_ebm)
+from common import Discriminator, Generator, UserError, draw_shapes, load_ebm, train_ebm
 
 
 def flags(tmp_path, *more):
     return common.parse_flags(common.make_parser("x"), [
         "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
+
+
+def buffer_of(n):
+    """The state of cd that is no network: the ends of n chains."""
+    replay = torch.nn.Module()
+    replay.register_buffer("images", torch.rand(n, 3, 32, 32).half())
+    return replay
 
 
 def turned_loss(d, x):
@@ -36,7 +42,7 @@ def test_discriminator_step_equals_its_formula(monkeypatch, objective, weight):
     starts = []
     monkeypatch.setattr(common, "langevin",
                         lambda f, x, **flags: starts.append((x, flags)) or negatives)
-    d, g, replay = Discriminator(8), Generator(8), ReplayBuffer(100)
+    d, g, replay = Discriminator(8), Generator(8), buffer_of(100)
     weights = {name: p.detach().clone().requires_grad_() for name, p in d.named_parameters()}
 
     def f(image):
@@ -124,7 +130,7 @@ def test_training_is_a_plain_loop(tmp_path, monkeypatch, objective):
         torch.manual_seed(common.seed_of(4))
         d = Discriminator(8)
         parts = {"d": d, **({"g": Generator(8)} if objective == "gan" else
-                            {"replay": ReplayBuffer(10000)})}
+                            {"replay": buffer_of(10000)})}
         optimizers = {f"optimizer_{name}": torch.optim.Adam(
             parts[name].parameters(), lr, betas=(0.0, 0.9), fused=True)
             for name, lr in [("d", lr_d), ("g", lr_g)] if name in parts}
@@ -173,7 +179,7 @@ def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
     """cd: of a batch of 1000 chains about 5 % begin anew, and the ends of all are kept."""
-    replay, starts, d = ReplayBuffer(1000), [], Discriminator(8)
+    replay, starts, d = buffer_of(1000), [], Discriminator(8)
     replay.images.zero_()
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: starts.append(x) or x + 1)
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
@@ -186,7 +192,7 @@ def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):
 
 def test_the_chains_that_go_on_are_drawn_anew_each_step(monkeypatch):
     """cd: eight distinct ones of a thousand, others at the next step."""
-    replay, changed = ReplayBuffer(1000), []
+    replay, changed = buffer_of(1000), []
     monkeypatch.setattr(common, "langevin", lambda f, x, **_: x + 1)
     monkeypatch.setattr(common, "discriminator_step", lambda *_: None)
     for _ in range(2):
@@ -319,7 +325,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
                  "--ebm-rotation", "0.5")
     monkeypatch.setattr(common, "adversarial_dynamics",
                         partial(common.adversarial_dynamics, steps=2))
-    monkeypatch.setattr(common, "ReplayBuffer", partial(ReplayBuffer, 100))
+    monkeypatch.setattr(common, "EBM_CHAINS", 100)
     images = common.training_images(args)
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()

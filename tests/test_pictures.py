@@ -1,6 +1,6 @@
 """What stands beside the README: the control of another teacher, and what draws and counts."""
 import json
-import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ import torch
 
 import linear_eval
 import processes
-from common import Encoder, augment, draw_shapes
+from common import Encoder, UserError, augment, draw_shapes, langevin
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / ".github"))
@@ -72,15 +72,19 @@ def test_a_gain_is_over_the_plain_run_that_is_alike():
     rows = [row("byol_disc", 0, 50.0, coeff=0), row("byol_disc", 1, 40.0, coeff=0),
             row("byol_disc", 0, 51.0, 22, coeff=0), row("simclr_disc", 0, 55.0, coeff=0),
             row("ebm", 0, 54.0, **d), row("ebm", 1, 55.0, **d), row("ebm", 0, 46.0, images=2, **d),
+            row("byol_disc", 0, 45.0, coeff=0, schedule="step"), row("ebm", 0, 60.0, **d,
+                                                                     ebm_rotation=1.0),
             row("byol_disc", 0, 53.0, **view), row("byol_disc", 1, 42.0, **view),
             row("byol_teacher", 0, 54.5, coeff=1, teacher="simclr_disc of 20 epochs"),
             row("byol_teacher", 0, 53.5, coeff=1, teacher="byol_disc of 22 epochs")]
     assert pictures.pairs(rows) == {
         "D, 4,000 iterations": [(54.0, 3.0), (55.0, 2.0)],
         "simclr_disc of 20 epochs": [(55.0, 4.5)], "byol_disc of 22 epochs": [(51.0, 3.5)]}
-    for change in [{"schedule": "step"}, {"images": 2}, {"width": 8}, {"epochs": 30}, {"seed": 2}]:
-        other = {**rows[7], "config": {**rows[7]["config"], **change}}
-        assert pictures.pairs(rows[:7] + [other]) == {}
+    student = rows[9]
+    for change in [{"schedule": "other"}, {"ebm_rotation": 2.0}, {"images": 2}, {"width": 8},
+                   {"epochs": 30}, {"seed": 2}]:
+        other = {**student, "config": {**student["config"], **change}}
+        assert pictures.pairs(rows[:9] + [other]) == {}
 
 
 def test_minutes_are_the_median_rounds(tmp_path, capsys):
@@ -96,26 +100,58 @@ def test_minutes_are_the_median_rounds(tmp_path, capsys):
         " 2 minutes, n = 1", " 15 minutes, n = 1"]
 
 
-def test_along_a_chain_the_image_gains_noise_and_loses_the_class(made, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(60, seed=3))
+def images_of(monkeypatch, n):
+    """Stand-ins for DIR's images and for those of the run, of which the labels follow."""
+    images, labels = draw_shapes(n, seed=3)
+    monkeypatch.setattr(pictures, "load_images", lambda *_: (images, labels))
+    monkeypatch.setattr(pictures, "same_images", lambda *_: images)
+    return images, labels
+
+
+def test_along_a_chain(made, monkeypatch, capsys):
+    """Each row has the PSNR and the accuracies of the images that `langevin` returned for it."""
+    images, y = images_of(monkeypatch, 60)
+    calls, ends = [], []
+    monkeypatch.setattr(pictures, "langevin", lambda f, x, steps, *flags: (
+        calls.append((steps, *flags)) or ends.append(langevin(f, x, steps, *flags)) or ends[-1]))
     assert processes.run("common", made, "--ebm", "ebm.pt") == 0
     pictures.chain(made / "simclr", made / "ebm.pt", "DIR")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines] == ["x:", "0.75", "I_0:", "I_5:", "I_10:", "I_15:"]
-    psnr = [float(line[line.index("PSNR") + 1]) for line in lines]
-    assert psnr[0] == 100 and 19 < psnr[1] < 22 and 15 < psnr[2] < 18 and psnr[3] != psnr[2]
-    assert psnr[1] - psnr[2] == pytest.approx(20 * math.log10(0.4 / 0.25), abs=0.1)
-    assert float(lines[0][-1]) > float(lines[2][-1])    # 5-NN, whose own image is among the known
+    assert calls == [(steps, 10, 0.005) for steps in (0, 0, 0, 5, 10, 15)]
+    assert torch.equal(ends[0], images / 255) and not torch.equal(ends[1], ends[0])
+    rows = [[float(word) for word in re.findall(r"(?:PSNR|linear|5-NN) ([\d.inf]+)", line)]
+            for line in capsys.readouterr().out.splitlines()]
+    encoder, _ = pictures.trained(made / "simclr", "DIR")
+    known = linear_eval.extract_features(encoder, images)
+    for end, (psnr, linear, knn) in zip(ends, rows):
+        error = (end - images / 255).square().mean((1, 2, 3))
+        assert psnr == pytest.approx((-10 * error.log10()).mean().item(), abs=0.06)
+        data = known, y, linear_eval.extract_features(encoder, end), y
+        assert linear == pytest.approx(linear_eval.linear_accuracy(*data), abs=0.06)
+        assert knn == pytest.approx(linear_eval.knn_accuracy(*data, k=5), abs=0.06)
+    assert len(rows) == 6 and rows[1][0] - rows[2][0] == pytest.approx(4.1, abs=0.1)
 
 
-def test_few_labels_and_noise_are_harder(made, monkeypatch, capsys):
-    sizes, probe = [], pictures.linear_accuracy
-    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(1500, seed=3))
-    monkeypatch.setattr(pictures, "linear_accuracy", lambda x, y, *rest: (
-        sizes.append(sorted(y.bincount().tolist())) or probe(x, y, *rest, epochs=30)))
+def test_few_labels_and_noise(made, monkeypatch, capsys):
+    """How many labels of each class the probe sees, and which images are noisy."""
+    images, _ = images_of(monkeypatch, 1500)
+    sizes, seen = [], []
+    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: (
+        seen.append(x) or linear_eval.extract_features(encoder, x)))
+    monkeypatch.setattr(pictures, "linear_accuracy", lambda x, y, test_x, test_y: (
+        sizes.append(sorted(y.bincount().tolist())) or 10.0 * len(y) + test_x.isnan().sum().item()))
     pictures.harder("DIR", made / "simclr", made / "simclr")
     lines = [line.split(": linear, ")[1] for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == lines[1] and len(sizes) == 22
+    assert lines[0].startswith("10 labels a class 1000.0 ± 0.0, 100 labels a class 10000.0 ± 0.0; "
+                               "noisy 15000.0, 5-NN ")
     assert sizes[:10] == 5 * [10 * [10]] + 5 * [10 * [100]] and sum(sizes[10]) == 1500
-    few, many, noisy = lines[0].replace(";", ",").split(", ")[:3]
-    assert 10 < float(few.split()[4]) < float(many.split()[4]) and float(noisy.split()[1]) > 5
+    assert torch.equal(seen[0], images) and torch.equal(seen[1], images)
+    noise = seen[2] - images / 255
+    assert noise[(seen[2] > 0) & (seen[2] < 1)].std().item() == pytest.approx(0.1, abs=0.01)
+    assert seen[2].min() >= 0 and seen[2].max() <= 1
+
+
+def test_images_that_are_not_the_runs_are_refused(made, monkeypatch):
+    monkeypatch.setattr(linear_eval, "training_images", lambda args: draw_shapes(9, seed=3)[0])
+    with pytest.raises(UserError, match="made with other images"):
+        pictures.trained(made / "simclr", "DIR")

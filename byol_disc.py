@@ -11,7 +11,7 @@ E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1
 variance of each channel of the last map of the EBM's discriminator (--layers all: of the last of
 each stage), standardised; g_D their projector.
 
-    python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 40 to 54 %, before 15
+    python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 40 to 58 %, before 15
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
     python byol_disc.py --coeff 0           # its baseline: 90.20 %
 """

@@ -409,7 +409,7 @@ def training_images(args):
     """The images (N, 3, 32, 32), uint8, to train on; --subset keeps the same ones for any seed."""
     images, _ = load_images(args.dataset, args.data_dir, "train")
     if args.subset > len(images):
-        raise UserError(f"--subset {args.subset}: there are {len(images)} training images")
+        raise UserError(f"--subset {args.subset}: there are {len(images)} training images; 0: all")
     keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.subset]
     return images[keep] if args.subset else images
 

@@ -294,7 +294,7 @@ def table(rows, untrained, split):
     first_label, first = next(iter(groups.items()))
     block = {label: x for label, x in groups.items() if kinds[label] == kinds[first_label]}
     deviation = {metric: pooled(block, metric) for metric in METRICS}
-    freedom = deviation["linear"][1]
+    freedom = deviation["linear"][1] if deviation["linear"][1] > 1 else 0      # from 1 none is told
     least = studentized_range(len(block), freedom) if freedom else math.inf
 
     def line(label, results):
@@ -320,7 +320,8 @@ def table(rows, untrained, split):
                               [result["untrained"] for result in seeds.values()]))
     lines += ["", f"Accuracy in %, {split} split. Flags in common: " + ", ".join(
         f"{flag}={value}" for flag, value in shared.items()
-        if flag == "script" or flag not in UNSHOWN | {"images", "data"})]
+        if flag == "script" or flag not in UNSHOWN | {"images", "data"}
+        and all(flag in config for config, _ in rows))]
     if freedom:
         told = ", ".join(f"{least * sd / 3 ** 0.5:.2f}" for sd, _ in deviation.values())
         lines.append(f"Standard errors pooled over rows and seeds, {freedom} degrees of freedom. "
@@ -349,7 +350,7 @@ def main():
     if world_size() > 1:
         raise UserError("linear_eval.py: computes on one device; start it without torchrun")
     if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
-        raise UserError(f"{missing[0]}: there is no such file")
+        raise UserError(f"{missing[0]}: there is no such file; name runs, EBMs or .jsonl files")
     if args.keep and args.keep.suffix != ".jsonl":
         raise UserError(f"--keep {args.keep}: name a file that ends in .jsonl")
     there = kept_rows(args.keep) if args.keep and args.keep.exists() else []
@@ -380,7 +381,7 @@ def main():
     if args.keep:
         keep(args.keep, [row for row in made_here if row not in there])
     if problems or not rows:
-        raise UserError("; ".join(problems) or "nothing to evaluate")
+        raise UserError("; ".join(problems) or "nothing to evaluate; name runs, as in runs/*")
 
 
 if __name__ == "__main__":

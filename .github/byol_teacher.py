@@ -26,6 +26,8 @@ class Teacher(nn.Module):
 
     def __init__(self, path, images, args):
         super().__init__()
+        if not (Path(path) / "checkpoint.pt").exists() or Path(path).suffix == ".ebm":
+            raise UserError(f"--teacher {path}: no run's directory; name one with a checkpoint.pt")
         with reading(Path(path) / "config.json") as config:
             self.kind = f"{config['script']} of {config['epochs']} epochs"
             for flag, plain in dict(coeff=0, width=args.width, subset=args.subset).items():
@@ -53,7 +55,8 @@ class Teacher(nn.Module):
 def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=256, layers="last")
-    parser.add_argument("--teacher", required=True, type=os.path.expanduser,
+    parser.add_argument("--teacher", required=True,
+                        type=lambda path: os.path.normpath(os.path.expanduser(path)),
                         help="directory of the run whose encoder it is")
     parser.add_argument("--coeff", type=number(float, 1e-9), default=0.1,
                         help="weight of the third view")

@@ -252,10 +252,11 @@ def scatter(first, *more):
 # --- What a run takes -------------------------------------------------------------------------
 
 
-def minutes(*files):
+def minutes(first, *more):
     """Print the minutes of training: the rounds of a run or an EBM at their median seconds."""
-    for file in files:
-        runs = [row for row in read(file) if "script" in row["config"]]
+    for file in (first, *more):
+        runs = [row for row in read(file) if "script" in row["config"]
+                and not (row["config"]["script"] == "ebm" and row["config"]["layers"] == "all")]
         names, taken = labels([(row["config"], row["result"] or {}) for row in runs])[0], {}
         for name, row in zip(names, runs):
             config = row["config"]
@@ -267,7 +268,9 @@ def minutes(*files):
                 total = config.get("epochs") or math.ceil(config["ebm_iters"] / EBM_ROUND)
                 taken.setdefault(name, []).append(total * median(seconds) / 60)
         for name, values in taken.items():
-            print(f"{Path(file).stem}: {mean(values):.0f} minutes, n = {len(values)}: {name}")
+            print(f"{Path(file).stem}: {mean(values):.1f} minutes, n = {len(values)}: {name}")
+        if not taken:
+            print(f"{file}: no log says how long a round took")
 
 
 # --- What an encoder tells of other images ----------------------------------------------------

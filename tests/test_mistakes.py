@@ -198,7 +198,7 @@ def test_so_may_those_of_linear_eval(tmp_path, monkeypatch, capsys):
                         lambda path, flags: seen.append((str(path), flags.data_dir)) or [])
     (tmp_path / "a.pt").touch()
     err = refused(linear_eval, ["~/a.pt", "--data-dir=~/data"], monkeypatch, capsys)
-    assert err == "error: nothing to evaluate\n"
+    assert err == "error: nothing to evaluate; name runs, as in runs/*\n"
     assert seen == [(f"{tmp_path}/a.pt", f"{tmp_path}/data")]
     assert "~nobody-here: there is no such" in refused(
         linear_eval, ["~nobody-here"], monkeypatch, capsys)

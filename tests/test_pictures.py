@@ -41,7 +41,8 @@ def test_a_teacher_is_the_encoder_of_a_finished_run_of_the_seed(made):
     for teacher, flags, problem in [("stopped", (), "is at epoch 1 of 2; finish it first"),
                                     ("simclr", ("--seed", "1"), "of --seed 0; name one of"),
                                     ("student", (), "made with --teacher simclr_disc of 2 epochs"),
-                                    ("nowhere", (), "No such file or directory: 'nowhere")]:
+                                    ("nowhere", (), "--teacher nowhere: no run's directory; name"),
+                                    ("simclr/", ("--seed", "1"), "--teacher simclr: of --seed 0")]:
         assert teach(made, "student", teacher, *flags) == 2
         assert problem in (made / "err").read_text() and "Trace" not in (made / "err").read_text()
 
@@ -88,7 +89,8 @@ def test_a_gain_is_over_the_plain_run_that_is_alike():
 
 
 def test_minutes_are_the_median_rounds(tmp_path, capsys):
-    ebm, run = row("ebm", 0, 50.0, ebm_iters=400), row("byol_disc", 0, 50.0, epochs=3, subset=600)
+    ebm = row("ebm", 0, 50.0, ebm_iters=400, layers="last")
+    run = row("byol_disc", 0, 50.0, epochs=3, subset=600)
     del ebm["config"]["epochs"]
     ebm["log"] = [{"argv": []}, *({"iteration": i, "seconds": s} for i, s in [(1, 30), (2, 30),
                                                                              (3, 90)])]
@@ -97,7 +99,7 @@ def test_minutes_are_the_median_rounds(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [ebm, run])))
     pictures.minutes(tmp_path / "rows.jsonl")
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
-        " 2 minutes, n = 1", " 15 minutes, n = 1"]
+        " 2.0 minutes, n = 1", " 15.0 minutes, n = 1"]
 
 
 def images_of(monkeypatch, n):

@@ -594,7 +594,8 @@ def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
     status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")
     assert status == 2 and out == "" and err.startswith("error: typo: there is no such")
     status, out, err = finish("linear_eval", tmp_path / "all", "begun")
-    assert status == 2 and "begun: left out" in out and err == "error: nothing to evaluate\n"
+    assert status == 2 and "begun: left out" in out
+    assert err == "error: nothing to evaluate; name runs, as in runs/*\n"
 
 
 def test_a_run_with_a_damaged_checkpoint(whole, tmp_path):

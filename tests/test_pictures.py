@@ -1,20 +1,16 @@
 """What stands beside the README: the control of another teacher, and what draws and counts."""
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import byol_teacher
 import linear_eval
+import pictures
 import processes
 from common import Encoder, UserError, augment, draw_shapes, langevin
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / ".github"))
-import byol_teacher
-import pictures
 
 
 @pytest.fixture(scope="module")

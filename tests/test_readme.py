@@ -3,6 +3,7 @@ import importlib
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_every_command_is_accepted(monkeypatch):
     for _, script, *flags in commands():
         if script in ("-m", "tests/benchmark.py", "linear_eval.py"):
             continue
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(Path(script).stem)
         monkeypatch.setattr("sys.argv", [script, *flags])
         if script == "common.py":
             module.parse_flags(module.make_parser(""))

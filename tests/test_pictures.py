@@ -140,8 +140,8 @@ def test_few_labels_and_noise(made, monkeypatch, capsys):
     pictures.harder("DIR", made / "simclr", made / "simclr")
     lines = [line.split(": linear, ")[1] for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == lines[1] and len(sizes) == 22
-    assert lines[0].startswith("10 labels a class 1000.0 ± 0.0, 100 labels a class 10000.0 ± 0.0; "
-                               "noisy 15000.0, 5-NN ")
+    assert lines[0].startswith("10 labels a class 1000.0 ± 0.0, 100 labels a class 10000.0 ± "
+                               "0.0; noisy 15000.0, 5-NN ")
     assert sizes[:10] == 5 * [10 * [10]] + 5 * [10 * [100]] and sum(sizes[10]) == 1500
     assert torch.equal(seen[0], images) and torch.equal(seen[1], images)
     noise = seen[2] - images / 255

@@ -2,7 +2,7 @@
 
     method                      method.svg: the method, with images from views.png
     curves [FILE.jsonl]         curves.svg: 5-NN accuracy over epochs, and over minutes of one core
-    scatter FILE.jsonl ...      scatter.svg: BYOL's gain against how good view 3's teacher is
+    scatter FILE.jsonl          scatter.svg: BYOL's gain against how good view 3's teacher is
     minutes FILE.jsonl ...      prints the minutes that each setting's training took
     chain RUN EBM.pt DIR        prints what RUN's encoder tells of test images along their chains
     harder DIR RUN ...          prints what encoders are worth with few labels, and under noise
@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import (EBM_ROUND, UserError, augment, autocast, langevin, launch, load_ebm,
                     load_images, mix_with_noise, reading)
 from linear_eval import (extract_features, knn_accuracy, labels, linear_accuracy, load_encoder,
-                         same_images)
+                         pooled, same_images)
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -174,79 +174,88 @@ def name_of(config):
 
 
 def pairs(rows):
-    """{teacher: [(its probe, BYOL's gain)]} of one machine's runs, a pair for every seed."""
-    rows = [(row["config"], row["result"]["linear"]) for row in rows if row["result"]]
-    probes, plain, found, alike = {}, {}, {}, ("schedule", "batch_size", "lr", "tau", "emb")
+    """{teacher: {seed: (its accuracies, those of BYOL with it, those of plain BYOL)}} of a
+    machine's runs; what else pairs must share is in `seed` too."""
+    rows = [(row["config"], row["result"]) for row in rows if row["result"]]
+    teachers, plain, found, alike = {}, {}, {}, ("schedule", "batch_size", "lr", "tau", "emb")
 
     def key(config, *more):
         return tuple(config.get(flag) for flag in ("seed", "images", "width", *more))
 
-    for config, value in rows:
+    for config, result in rows:
         if config.get("coeff") == 0 or config["script"] == "ebm":
-            probes[name_of(config), key(config)] = value
+            teachers[name_of(config), key(config)] = result
         if config.get("coeff") == 0 and config["script"] == "byol_disc":
-            plain[key(config, "epochs", *alike)] = value
-    for config, value in rows:
+            plain[key(config, "epochs", *alike)] = result
+    for config, result in rows:
         if config.get("coeff") == 1 and config["script"] in ("byol_disc", "byol_teacher"):
-            teacher = name_of(config)
-            probe = probes.get((teacher, key(config)))
-            base = plain.get(key(config, "epochs", *alike))
-            if probe is None or base is None:
-                print(f"left out: {teacher}, seed {config['seed']}; its probe or plain BYOL is "
-                      "missing")
+            name, seed = name_of(config), key(config, "epochs", *alike)
+            if (name, key(config)) in teachers and seed in plain:
+                found.setdefault(name, {})[seed] = teachers[name, key(config)], result, plain[seed]
             else:
-                found.setdefault(teacher, []).append((probe, value - base))
+                print(f"left out: {name}, seed {config['seed']}; its own accuracies or plain "
+                      "BYOL's are missing")
     return found
 
 
 def place(x, y, words, taken):
     """A label beside (x, y) that meets none of the boxes `taken`; its own is added to them."""
-    width = 7.6 * len(words)
-    for dx, dy in [(dx, dy) for dx in (12, -12 - width) for dy in (5, 24, -14)]:
+    width = 8 * len(words)
+    for dx, dy in [(dx, dy) for dx in (12, -16 - width) for dy in (5, 24, -14)]:
         left, right, top, bottom = x + dx, x + dx + width, y + dy - 14, y + dy + 4
-        if 50 < left and right < 640 and not any(
+        if 50 < left and right < 660 and not any(
                 left < r and l < right and top < b and t < bottom for l, r, t, b in taken):
             break
     taken.append((left, right, top, bottom))
     return text(left, y + dy, words, "start")
 
 
-def scatter(first, *more):
-    found = {}
-    for file in (first, *more):
-        try:
-            for teacher, points in pairs(read(file)).items():
-                found.setdefault(teacher, []).extend(points)
-        except KeyError as error:
-            raise UserError(f"{file}: a line has no {error}") from None
+def scatter(file):
+    try:
+        found = pairs(read(file))
+    except KeyError as error:
+        raise UserError(f"{file}: a line has no {error}") from None
     if not found:
         raise UserError(f"{file}: has no BYOL at --coeff 1 that can be paired")
-    probes, gains, errors = [], [], []
-    for teacher, points in found.items():
-        probe, gain = zip(*points)
-        probes.append(mean(probe))
-        gains.append(mean(gain))
-        errors.append(stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0)
-        error = f" ± {errors[-1]:.1f}" if len(gain) > 1 else ""
-        print(f"{teacher}: probe {probes[-1]:.1f}, gain {gains[-1]:+.1f}{error}, n = {len(gain)}")
-    ends = [gain + sign * error for gain, error in zip(gains, errors) for sign in (-1, 1)]
-    svg, at = axes(40, 580, ticks(probes), ticks([0, *ends]),
-                   "linear probe of the teacher's frozen features, %")
-    svg += [text(16, 24, "gain of BYOL over plain BYOL in the linear probe, points", "start"),
-            text(240, 376, "● a generative model's D", fill=RED),
-            text(450, 376, "■ another encoder", fill=BLUE)]
-    if min(probes) < max(probes):
-        slope, start = np.polyfit(probes, gains, 1)
-        ends = [at(x, start + slope * x) for x in (min(probes), max(probes))]
-        svg.append(line(through(ends), "#aaa", 1))
-    taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in map(at, probes, gains)]
-    for teacher, probe, gain, error in zip(found, probes, gains, errors):
-        color, (x, y) = RED if teacher.startswith("D, ") else BLUE, at(probe, gain)
-        words = teacher.replace("simclr_disc", "SimCLR").replace("byol_disc", "BYOL")
-        svg += [line(through([at(probe, gain - error), at(probe, gain + error)]), color, 2),
-                shape("rect", x=f"{x - 6:.1f}", y=f"{y - 6:.1f}", width=12, height=12, fill=color,
-                      rx=6 if color == RED else 0), place(x, y, words, taken)]
-    write_svg("scatter.svg", 640, 390, svg)
+    groups = {name: {seed: row[1] for seed, row in seeds.items()} for name, seeds in found.items()}
+    groups[""] = {seed: row[2] for seeds in found.values() for seed, row in seeds.items()}
+    points = {}
+    for metric in ("linear", "knn5"):
+        sd, freedom = pooled(groups, metric)
+        for name, seeds in found.items():
+            own, gain = (mean(row[i][metric] - row[2][metric] * (i == 1) for row in seeds.values())
+                         for i in (0, 1))
+            error = sd * (2 / len(seeds)) ** 0.5 if freedom > 1 else 0
+            points.setdefault(name, {})[metric] = own, gain, error
+    for name, at in points.items():
+        print(f"{name}, n = {len(found[name])}: " + ", ".join(
+            f"{metric} {own:.1f}, gain {gain:+.1f}" + (f" ± {error:.1f}" if error else "")
+            for metric, (own, gain, error) in at.items()))
+    gains, errors = zip(*(at["linear"][1:] for at in points.values()))
+    ends = ticks([0, *(gain + sign * e for gain, e in zip(gains, errors) for sign in (-1, 1))])
+    svg = [text(16, 24, "gain of BYOL over plain BYOL in the linear probe, points", "start"),
+           text(140, 724, "● a generative model's D", fill=RED),
+           text(380, 724, "■ another encoder", fill=BLUE)]
+    for top, metric, title in [(40, "linear", "linear probe"), (390, "knn5", "5-NN")]:
+        xs = [at[metric][0] for at in points.values()]
+        parts, at = axes(40, 520, ticks(xs), ends,
+                         f"{title} of the teacher's frozen features, %", top)
+        if min(xs) < max(xs) and min(gains) < max(gains):
+            print(f"{title}: correlation of gains with the teachers' {title} "
+                  f"{np.corrcoef(xs, gains)[0, 1]:.2f}")
+            slope, start = np.polyfit(xs, gains, 1)
+            line_ends = [at(x, start + slope * x) for x in (min(xs), max(xs))]
+            parts.append(line(through(line_ends), "#aaa", 1))
+        taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in map(at, xs, gains)]
+        for name, own, gain, error in zip(points, xs, gains, errors):
+            color, (x, y) = RED if name.startswith("D, ") else BLUE, at(own, gain)
+            words = name.replace("4,000 iterations", "trained").replace("simclr_disc", "SimCLR")
+            words = words.replace("byol_disc", "BYOL")
+            parts += [line(through([at(own, gain - error), at(own, gain + error)]), color, 2),
+                      shape("rect", x=f"{x - 6:.1f}", y=f"{y - 6:.1f}", width=12, height=12,
+                            fill=color, rx=6 if color == RED else 0), place(x, y, words, taken)]
+        svg += parts
+    write_svg("scatter.svg", 660, 740, svg)
 
 
 # --- What a run takes -------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """What stands beside the README: the control of another teacher, and what draws and counts."""
 import json
 import re
+from statistics import stdev
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -74,14 +76,41 @@ def test_a_gain_is_over_the_plain_run_that_is_alike():
             row("byol_disc", 0, 53.0, **view), row("byol_disc", 1, 42.0, **view),
             row("byol_teacher", 0, 54.5, coeff=1, teacher="simclr_disc of 20 epochs"),
             row("byol_teacher", 0, 53.5, coeff=1, teacher="byol_disc of 22 epochs")]
-    assert pictures.pairs(rows) == {
-        "D, 4,000 iterations": [(54.0, 3.0), (55.0, 2.0)],
-        "simclr_disc of 20 epochs": [(55.0, 4.5)], "byol_disc of 22 epochs": [(51.0, 3.5)]}
+    assert {name: [tuple(result["linear"] for result in row) for row in seeds.values()]
+            for name, seeds in pictures.pairs(rows).items()} == {
+        "D, 4,000 iterations": [(54.0, 53.0, 50.0), (55.0, 42.0, 40.0)],
+        "simclr_disc of 20 epochs": [(55.0, 54.5, 50.0)],
+        "byol_disc of 22 epochs": [(51.0, 53.5, 50.0)]}
     student = rows[9]
     for change in [{"schedule": "other"}, {"ebm_rotation": 2.0}, {"images": 2}, {"width": 8},
                    {"epochs": 30}, {"seed": 2}]:
         other = {**student, "config": {**student["config"], **change}}
         assert pictures.pairs(rows[:9] + [other]) == {}
+
+
+def test_a_gain_has_the_error_of_pairs(tmp_path, monkeypatch, capsys):
+    """Pooled over one teacher, it is the paired differences' own; from one seed there is none."""
+    rows = []
+    for seed, (plain, student, own) in enumerate([(50, 52, 60), (51, 54, 61), (49, 55, 59)]):
+        rows += [row("byol_disc", seed, plain, coeff=0), row("ebm", seed, own, layers="all",
+                                                             ebm_iters=0),
+                 row("byol_disc", seed, student, coeff=1, layers="all", ebm_iters=0)]
+    monkeypatch.setattr(pictures, "HERE", tmp_path)
+    error = stdev([2, 3, 6]) / 3 ** 0.5
+    for part, words in [(rows, f"gain +3.7 ± {error:.1f}"), (rows[:3], "gain +2.0")]:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, part)))
+        pictures.scatter(tmp_path / "rows.jsonl")
+        assert capsys.readouterr().out == (
+            f"D, untrained, all stages, n = {len(part) // 3}: "
+            f"linear 60.0, {words}, knn5 60.0, {words}\n")
+    other = [row("byol_teacher", 0, 55.0, coeff=1, teacher="simclr_disc of 20 epochs"),
+             row("simclr_disc", 0, 65.0, coeff=0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:3] + other)))
+    pictures.scatter(tmp_path / "rows.jsonl")
+    assert "5-NN: correlation of gains with the teachers' 5-NN 1.00" in capsys.readouterr().out
+    picture = ElementTree.parse(tmp_path / "scatter.svg").getroot()
+    words = [element.text for element in picture.iter() if element.text]
+    assert words.count("SimCLR of 20 epochs") == words.count("D, untrained, all stages") == 2
 
 
 def test_minutes_are_the_median_rounds(tmp_path, capsys):

@@ -8,8 +8,9 @@
 The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
 seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
-Differences to the first row's, paired by seed, follow. Their standard error is pooled over all
-rows. What an eval.json has of other images and labels than those at hand is computed again.
+Differences to the first row's, paired by seed, follow. Their standard error is pooled over the rows
+that can be compared with it. What an eval.json has of other images and labels than those at hand is
+computed again.
 """
 import argparse
 import json
@@ -323,9 +324,11 @@ def table(rows, untrained, split):
         if flag == "script" or flag not in UNSHOWN | {"images", "data"}
         and all(flag in config for config, _ in rows))]
     if freedom:
-        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f}" for sd, _ in deviation.values())
+        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f} ({metric})"
+                         for metric, (sd, _) in deviation.items())
         lines.append(f"Standard errors pooled over rows and seeds, {freedom} degrees of freedom. "
-                     f"* told apart with all pairs in view (95 %), at n = 3 from {told} points on.")
+                     "* told apart in this metric with all pairs of rows in view (95 %), at three "
+                     f"shared seeds from {told} points on.")
     return "\n".join(lines)
 
 

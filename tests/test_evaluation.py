@@ -157,6 +157,15 @@ def test_one_error_is_pooled_over_rows_and_seeds():
     for i, line in [(1, lines[4]), (2, lines[6])]:
         assert f"| {(values[i] - values[0]).mean():+.2f} ± {error:.2f} |" in line.replace("*", "")
     assert "6 degrees of freedom" in lines[-1]
+    known = 4.339 * error / 2 ** 0.5                                    # Tukey's, 3 rows, n = 4
+    for beyond in (0.97, 1.03):                                         # a star from there on
+        moved = values[0] + beyond * known + (values[1] - values[1].mean()) - (
+            values[0] - values[0].mean())                               # the residuals stay
+        told = table([(c, dict.fromkeys(r, moved[c["seed"]].item()) if c["coeff"] == 1 else r)
+                      for c, r in rows], False, "test").splitlines()
+        assert (f"+{beyond * known:.2f} ± {error:.2f}* |" in told[4]) == (beyond > 1)
+        least = float(told[-1].split("from ")[1].split(" (linear)")[0])
+        assert least == pytest.approx(known * (4 / 3) ** 0.5, rel=0.02)
     unpaired = table([({**c, "seed": (c["seed"] + int(c["coeff"])) % 4}, r) for c, r in rows],
                      False, "test").splitlines()
     assert f"± {error:.2f}" not in unpaired[4]                          # a control

@@ -798,8 +798,10 @@ def prepare_device(args):
     with naming(f"--device {args.device}", "cannot be used", "name another"):
         there = torch.zeros(1, device=args.device)
         there.cpu()
-        if there.is_cuda:
-            torch.cuda.set_device(there.device)
+    if there.is_cuda:
+        torch.cuda.set_device(there.device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("highest")           # whatever the environment says
     with naming("this rank", "cannot join the others",
                 f"start with torchrun, or unset its variables, {', '.join(names)}"):
         if started:
@@ -812,9 +814,6 @@ def prepare_device(args):
         raise UserError("--compile: leave it out; with " + (
             "AVX2 alone gradients of f were seen as NaN" if avx2
             else "several ranks it was never tried"))
-    if there.is_cuda:
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("highest")           # whatever the environment says
 
 
 def in_bf16(args):

@@ -1023,9 +1023,8 @@ def this_commit():
                               capture_output=True, text=True).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        git("cat-file", "-e", "HEAD:./common.py")
-        changes = git("status", "--porcelain", "-uall", ":(glob)*.py")
-        return git("rev-parse", "HEAD") + "+changes" * bool(changes)
+        commit, _ = git("rev-parse", "HEAD", "HEAD:./common.py").split()   # it has this code
+        return commit + "+changes" * bool(git("status", "--porcelain", "-uall", ":(glob)*.py"))
 
 
 def start_log(path, counter, done, device):

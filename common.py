@@ -30,11 +30,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.nn.utils.parametrize as parametrize
 import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.resnet import BasicBlock
 from torchvision.utils import save_image
 
@@ -1170,7 +1169,7 @@ def ebm_networks(args):
     d = Discriminator(args.width)
     for layer in [*d.stages.modules(), d.linear] if ade else []:
         if hasattr(layer, "weight"):
-            spectral_norm(layer)
+            parametrizations.spectral_norm(layer)
     state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
     if args.ebm_objective == "cd":
         replay = nn.Module()

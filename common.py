@@ -210,8 +210,13 @@ def show(line, passing=False):
             print(line, flush=True)
     except OSError as error:                              # its reader has gone, or a disk is full
         sys.stdout = open(os.devnull, "w")
-        with suppress(OSError):
-            print(f"stdout: {error.strerror}; going on without it", file=sys.stderr)
+        show_error(f"stdout: {error.strerror}; going on without it")
+
+
+def show_error(line):
+    """Print a line on stderr, if there is still one."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def launch(main):
@@ -234,15 +239,15 @@ def launch(main):
             error = "another rank has ended; its own line says why"
         elif isinstance(error, RuntimeError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        show_error(f"error: {error}")
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()                  # left to the exit, it can abort
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         number, = stopped.args or [signal.SIGINT]
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopped: the same command goes on from the last checkpoint, if any (one a minute)",
-              file=sys.stderr, flush=True)
+        show_error("\nstopped: the same command goes on from the last checkpoint, if any "
+                   "(one a minute)")
         os.kill(os.getpid(), number)                      # dies of it, as then bash ends a loop
 
 
@@ -993,7 +998,7 @@ def name_files(parser, args):
 
 def parse_flags(parser, argv=None):
     """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
-    if parser.parse_known_args(argv)[0].smoke:
+    if "--smoke" in (sys.argv if argv is None else argv):
         parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
     parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
     args = parser.parse_args(argv)
@@ -1059,11 +1064,13 @@ class Training:
 
     def check_config(self):
         """UserError where the directory holds what was made with another config."""
-        made = ["checkpoint.pt", "generated.pt", "chain.json", "eval.json"]
+        def there(*names):
+            return any((self.path / name).exists() for name in names)
+
         self.saved = self.config
-        if (self.path / "config.json").exists():
+        if there("config.json", "chain.json", "eval.json"):         # the others hold a config too
             with reading(self.path / "config.json") as self.saved:
-                if any((self.path / name).exists() for name in made):
+                if there("checkpoint.pt", "generated.pt", "chain.json", "eval.json"):
                     same_config(self.path, self.saved, self.config)
 
     def lock_directory(self, wait=False):
@@ -1237,7 +1244,7 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty
 
 def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
     """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
-    d.requires_grad_(False)
+    d.requires_grad_(False)                 # or autocast would take D's weights of before its step
     with spectral_weights(d):
         loss = loss - d(x_s).float().mean()
         if rotation_weight:

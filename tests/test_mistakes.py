@@ -1,6 +1,7 @@
 """Bad input, to all six programs: exit status 2, one line that names it, and no file written."""
 import io
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -142,9 +143,28 @@ def test_what_is_only_read_need_not_be_writable(tmp_path, monkeypatch, capsys):
             write()
     accuracies = dict.fromkeys(linear_eval.METRICS, 50.0)
     common.write_json(tmp_path / "run" / "eval.json", {**accuracies, "untrained": accuracies})
+    common.write_json(tmp_path / "run" / "config.json", run.config)
     with pytest.raises(SystemExit):
         common.Run(args, images, None)
     assert "run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["eval.json", "chain.json"])
+def test_a_result_without_its_config_answers_nothing(name, tmp_path, monkeypatch, capsys):
+    """Of which flags it is cannot be known."""
+    accuracies = dict.fromkeys(linear_eval.METRICS, 50.0)
+    common.write_json(tmp_path / name, {**accuracies, "untrained": accuracies})
+    err = refused(byol_disc, [*FLAGS, "--run-dir", str(tmp_path)], monkeypatch, capsys)
+    assert "config.json" in err and [*tmp_path.iterdir()] == [tmp_path / name]
+
+
+def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
+    for flags, epochs in [(["--help"], 1000), (["--smoke", "--help"], common.SMOKE["epochs"])]:
+        monkeypatch.setattr(sys, "argv", ["byol_disc.py", *flags])
+        with pytest.raises(SystemExit):
+            byol_disc.parse()
+        assert f"passes over training images (default: {epochs})" in " ".join(
+            capsys.readouterr().out.split())
 
 
 RANKS = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
@@ -238,6 +258,20 @@ def failure(kind, said=""):
     def main():
         raise kind(said)
     return main
+
+
+@pytest.mark.parametrize("error", OUTPUTS)
+def test_a_mistake_and_a_signal_end_it_whatever_stderr_is(error, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stderr", error())
+    with pytest.raises(SystemExit) as end:
+        common.launch(failure(UserError, "wrong"))
+    assert end.value.code == 2
+    monkeypatch.setattr(sys, "stderr", error())
+    common.launch(failure(KeyboardInterrupt, signal.SIGTERM))
+    assert ended == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("main", [

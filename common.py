@@ -1068,10 +1068,12 @@ class Training:
             return any((self.path / name).exists() for name in names)
 
         self.saved = self.config
-        if there("config.json", "chain.json", "eval.json"):         # the others hold a config too
+        if there("config.json"):
             with reading(self.path / "config.json") as self.saved:
                 if there("checkpoint.pt", "generated.pt", "chain.json", "eval.json"):
                     same_config(self.path, self.saved, self.config)
+        elif there("chain.json", "eval.json"):                      # the others hold a config too
+            raise UserError(f"{self.path}: has results but no config.json; name another --run-dir")
 
     def lock_directory(self, wait=False):
         """Make the directory and keep others out of it, until `lock` is released or the process

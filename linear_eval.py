@@ -9,8 +9,8 @@ The protocol is the base code's: features once, in evaluation mode, of the last 
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
 seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
 Differences to the first row's, paired by seed, follow. Their standard error is pooled over the rows
-that can be compared with it. What an eval.json has of other images and labels than those at hand is
-computed again.
+of as many epochs, as runs that differ in those alone share too much. What an eval.json has of other
+images and labels than those at hand is computed again.
 """
 import argparse
 import json
@@ -288,13 +288,16 @@ def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
     differences, paired by seed, to the first setting, with their pooled error, where it is known.
     """
-    groups, kinds, (names, shared) = {}, {}, labels(rows)
+    groups, kinds, epochs, (names, shared) = {}, {}, {}, labels(rows)
     for label, (config, result) in zip(names, rows):
         groups.setdefault(label, {})[config.get("seed")] = result
         kinds[label] = config["script"] == "ebm", result.get("data")   # what can be compared
+        epochs[label] = config.get("epochs")
     first_label, first = next(iter(groups.items()))
     block = {label: x for label, x in groups.items() if kinds[label] == kinds[first_label]}
-    deviation = {metric: pooled(block, metric) for metric in METRICS}
+    alike = {label: x for label, x in block.items() if epochs[label] == epochs[first_label]}
+    alike = alike if pooled(alike, "linear")[1] > 1 else block
+    deviation = {metric: pooled(alike, metric) for metric in METRICS}
     freedom = deviation["linear"][1] if deviation["linear"][1] > 1 else 0      # from 1 none is told
     least = studentized_range(len(block), freedom) if freedom else math.inf
 
@@ -324,11 +327,10 @@ def table(rows, untrained, split):
         if flag == "script" or flag not in UNSHOWN | {"images", "data"}
         and all(flag in config for config, _ in rows))]
     if freedom:
-        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f} ({metric})"
-                         for metric, (sd, _) in deviation.items())
-        lines.append(f"Standard errors pooled over rows and seeds, {freedom} degrees of freedom. "
-                     "* told apart in this metric with all pairs of rows in view (95 %), at three "
-                     f"shared seeds from {told} points on.")
+        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f}" for sd, _ in deviation.values())
+        lines.append(f"Standard errors pooled over {len(alike)} rows and their seeds, {freedom} "
+                     "degrees of freedom. * told apart in its column with all pairs of "
+                     f"{len(block)} rows in view (95 %), at three shared seeds from {told} on.")
     return "\n".join(lines)
 
 

@@ -33,9 +33,9 @@ from torchvision.utils import make_grid
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import (EBM_ROUND, UserError, augment, autocast, langevin, launch, load_ebm,
-                    load_images, mix_with_noise, reading)
+                    load_images, mix_with_noise, naming, reading)
 from linear_eval import (extract_features, knn_accuracy, labels, linear_accuracy, load_encoder,
-                         pooled, same_images)
+                         once, pooled, same_images)
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -175,8 +175,8 @@ def name_of(config):
 
 def pairs(rows):
     """{teacher: {seed: (its accuracies, those of BYOL with it, those of plain BYOL)}} of a
-    machine's runs; what else pairs must share is in `seed` too."""
-    rows = [(row["config"], row["result"]) for row in rows if row["result"]]
+    machine's runs; what else pairs must share is in `seed` too, after its number."""
+    rows, _ = once([(row["config"], row["result"]) for row in rows if row["result"]])
     teachers, plain, found, alike = {}, {}, {}, ("schedule", "batch_size", "lr", "tau", "emb")
 
     def key(config, *more):
@@ -211,12 +211,11 @@ def place(x, y, words, taken):
 
 
 def scatter(file):
-    try:
+    with naming(file, "not results that can be drawn", "name another"):
         found = pairs(read(file))
-    except KeyError as error:
-        raise UserError(f"{file}: a line has no {error}") from None
-    if not found:
-        raise UserError(f"{file}: has no BYOL at --coeff 1 that can be paired")
+    if len(kinds := {seed[1:] for seeds in found.values() for seed in seeds}) != 1:
+        raise UserError(f"{file}: has {len(kinds)} kinds of BYOL at --coeff 1 with all that a pair "
+                        "takes; name one with one kind: images, width, epochs, ...")
     groups = {name: {seed: row[1] for seed, row in seeds.items()} for name, seeds in found.items()}
     groups[""] = {seed: row[2] for seeds in found.values() for seed, row in seeds.items()}
     points = {}
@@ -241,7 +240,7 @@ def scatter(file):
         parts, at = axes(40, 520, ticks(xs), ends,
                          f"{title} of the teacher's frozen features, %", top)
         if min(xs) < max(xs) and min(gains) < max(gains):
-            print(f"{title}: correlation of gains with the teachers' {title} "
+            print(f"correlation of gains in the probe with the teachers' {title}: "
                   f"{np.corrcoef(xs, gains)[0, 1]:.2f}")
             slope, start = np.polyfit(xs, gains, 1)
             line_ends = [at(x, start + slope * x) for x in (min(xs), max(xs))]
@@ -249,8 +248,8 @@ def scatter(file):
         taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in map(at, xs, gains)]
         for name, own, gain, error in zip(points, xs, gains, errors):
             color, (x, y) = RED if name.startswith("D, ") else BLUE, at(own, gain)
-            words = name.replace("4,000 iterations", "trained").replace("simclr_disc", "SimCLR")
-            words = words.replace("byol_disc", "BYOL")
+            words = name.replace(", 4,000 iterations", ", trained")
+            words = words.replace("simclr_disc", "SimCLR").replace("byol_disc", "BYOL")
             parts += [line(through([at(own, gain - error), at(own, gain + error)]), color, 2),
                       shape("rect", x=f"{x - 6:.1f}", y=f"{y - 6:.1f}", width=12, height=12,
                             fill=color, rx=6 if color == RED else 0), place(x, y, words, taken)]

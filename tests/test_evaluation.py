@@ -164,8 +164,17 @@ def test_one_error_is_pooled_over_rows_and_seeds():
         told = table([(c, dict.fromkeys(r, moved[c["seed"]].item()) if c["coeff"] == 1 else r)
                       for c, r in rows], False, "test").splitlines()
         assert (f"+{beyond * known:.2f} ± {error:.2f}* |" in told[4]) == (beyond > 1)
-        least = float(told[-1].split("from ")[1].split(" (linear)")[0])
+        least = float(told[-1].split("from ")[1].split(",")[0])
         assert least == pytest.approx(known * (4 / 3) ** 0.5, rel=0.02)
+    other = [({**c, "epochs": 22}, dict.fromkeys(r, r["linear"] + c["seed"] ** 2))
+             for c, r in rows if c["coeff"] == 0]                       # in no way like a row
+    longer = table([({**c, "epochs": 20}, r) for c, r in rows] + other, False, "test").splitlines()
+    assert f"± {error:.2f}" in longer[4].replace("*", "") and "over 3 rows" in longer[-1]
+    assert f"± {error:.2f}" in longer[8].replace("*", "") and "all pairs of 4" in longer[-1]
+    alone = table([({**c, "epochs": 20}, r) for c, r in rows if c["coeff"] == 0] + other, False,
+                  "test").splitlines()
+    shift = torch.tensor([0.0, 1, 4, 9]).std() / 2                                     # n = 4, paired
+    assert f"{3.5:+.2f} ± {shift:.2f}" in alone[4].replace("*", "")     # nothing else is there
     unpaired = table([({**c, "seed": (c["seed"] + int(c["coeff"])) % 4}, r) for c, r in rows],
                      False, "test").splitlines()
     assert f"± {error:.2f}" not in unpaired[4]                          # a control

@@ -155,7 +155,8 @@ def test_a_result_without_its_config_answers_nothing(name, tmp_path, monkeypatch
     accuracies = dict.fromkeys(linear_eval.METRICS, 50.0)
     common.write_json(tmp_path / name, {**accuracies, "untrained": accuracies})
     err = refused(byol_disc, [*FLAGS, "--run-dir", str(tmp_path)], monkeypatch, capsys)
-    assert "config.json" in err and [*tmp_path.iterdir()] == [tmp_path / name]
+    assert "has results but no config.json; name another --run-dir" in err
+    assert [*tmp_path.iterdir()] == [tmp_path / name]
 
 
 def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
@@ -227,10 +228,11 @@ def test_so_may_those_of_linear_eval(tmp_path, monkeypatch, capsys):
 def broken_pipe():
     read, write = os.pipe()
     os.close(read)
-    return open(write, "w")
+    return open(write, "w", 1)
 
 
-OUTPUTS = [lambda: open(os.devnull, "w"), lambda: None, lambda: open("/dev/full", "w"), broken_pipe]
+OUTPUTS = [lambda: open(os.devnull, "w"), lambda: None, lambda: open("/dev/full", "w", 1),
+           broken_pipe]
 
 
 @pytest.mark.parametrize("out", OUTPUTS)

@@ -5,6 +5,7 @@ from statistics import stdev
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +62,7 @@ def test_its_features_are_those_of_the_encoder_standardised(made):
 
 def row(script, seed, linear, epochs=20, **flags):
     config = {"width": 16, "images": 1, "script": script, "seed": seed, "epochs": epochs, **flags}
-    result = dict.fromkeys(linear_eval.METRICS, linear)
+    result = {**dict.fromkeys(linear_eval.METRICS, linear), "knn5": 90 - linear}
     return {"config": config, "result": result, "log": []}
 
 
@@ -102,15 +103,29 @@ def test_a_gain_has_the_error_of_pairs(tmp_path, monkeypatch, capsys):
         pictures.scatter(tmp_path / "rows.jsonl")
         assert capsys.readouterr().out == (
             f"D, untrained, all stages, n = {len(part) // 3}: "
-            f"linear 60.0, {words}, knn5 60.0, {words}\n")
-    other = [row("byol_teacher", 0, 55.0, coeff=1, teacher="simclr_disc of 20 epochs"),
-             row("simclr_disc", 0, 65.0, coeff=0)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:3] + other)))
+            f"linear 60.0, {words}, knn5 30.0, {words.replace('+', '-')}\n")
+    for name, student, own in [("simclr_disc of 20 epochs", 55.0, 65.0),
+                               ("byol_disc of 22 epochs", 53.0, 61.0)]:
+        rows += [row("byol_teacher", 0, student, coeff=1, teacher=name),
+                 row(name.split()[0], 0, own, int(name.split()[2]), coeff=0)]
+        rows[-1]["result"]["knn5"] = own - 35
+    part = rows[:3] + rows[9:]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, part + rows[:1])))
     pictures.scatter(tmp_path / "rows.jsonl")
-    assert "5-NN: correlation of gains with the teachers' 5-NN 1.00" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for title, xs in [("linear probe", [60, 65, 61]), ("5-NN", [30, 30, 26])]:
+        of_gains = np.corrcoef(xs, [2, 5, 3])[0, 1]
+        assert f"gains in the probe with the teachers' {title}: {of_gains:.2f}\n" in out
+    assert "the same run, counted once" in out
     picture = ElementTree.parse(tmp_path / "scatter.svg").getroot()
     words = [element.text for element in picture.iter() if element.text]
     assert words.count("SimCLR of 20 epochs") == words.count("D, untrained, all stages") == 2
+    longer = [{**line, "config": {**line["config"], "epochs": 30}} for line in rows[:3]]
+    for wrong, problem in [(part + longer, "has 2 kinds of BYOL"), (rows[:2], "has 0 kinds"),
+                           ([{**row("ebm", 0, 1), "result": {"knn5": 1}}], "KeyError: 'linear'")]:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, wrong)))
+        with pytest.raises(UserError, match=problem):
+            pictures.scatter(tmp_path / "rows.jsonl")
 
 
 def test_minutes_are_the_median_rounds(tmp_path, capsys):

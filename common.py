@@ -767,12 +767,13 @@ def lr_factor(schedule, steps):
     97.5 % of the run; or "cosine": down to 0 at the end.
     """
     warmup = min(500, steps // 10)
+    drops = [round(share * steps) for share in (0.95, 0.975)]
 
     def factor(step):
         if step < warmup:
             return (step + 1) / warmup
         if schedule == "step":
-            return 0.2 ** sum(step >= round(share * steps) for share in (0.95, 0.975))
+            return 0.2 ** sum(step >= drop for drop in drops)
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
     return factor
 

@@ -176,7 +176,9 @@ def name_of(config):
 def pairs(rows):
     """{teacher: {seed: (its accuracies, those of BYOL with it, those of plain BYOL)}} of a
     machine's runs; what else pairs must share is in `seed` too, after its number."""
-    rows, _ = once([(row["config"], row["result"]) for row in rows if row["result"]])
+    rows, doubled = once([(row["config"], row["result"]) for row in rows if row["result"]])
+    for problem in doubled:
+        print(problem)
     teachers, plain, found, alike = {}, {}, {}, ("schedule", "batch_size", "lr", "tau", "emb")
 
     def key(config, *more):

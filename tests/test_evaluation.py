@@ -173,8 +173,8 @@ def test_one_error_is_pooled_over_rows_and_seeds():
     assert f"± {error:.2f}" in longer[8].replace("*", "") and "all pairs of 4" in longer[-1]
     alone = table([({**c, "epochs": 20}, r) for c, r in rows if c["coeff"] == 0] + other, False,
                   "test").splitlines()
-    shift = torch.tensor([0.0, 1, 4, 9]).std() / 2                                     # n = 4, paired
-    assert f"{3.5:+.2f} ± {shift:.2f}" in alone[4].replace("*", "")     # nothing else is there
+    shift = torch.tensor([0.0, 1, 4, 9]).std() / 2                      # n = 4, paired
+    assert f"+3.50 ± {shift:.2f}" in alone[4].replace("*", "")     # nothing else is there
     unpaired = table([({**c, "seed": (c["seed"] + int(c["coeff"])) % 4}, r) for c, r in rows],
                      False, "test").splitlines()
     assert f"± {error:.2f}" not in unpaired[4]                          # a control

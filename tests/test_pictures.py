@@ -117,6 +117,10 @@ def test_a_gain_has_the_error_of_pairs(tmp_path, monkeypatch, capsys):
         of_gains = np.corrcoef(xs, [2, 5, 3])[0, 1]
         assert f"gains in the probe with the teachers' {title}: {of_gains:.2f}\n" in out
     assert "the same run, counted once" in out
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [
+        *part, row("byol_disc", 0, 51.0, coeff=0)])))
+    pictures.scatter(tmp_path / "rows.jsonl")
+    assert "two results of one seed, the first counts" in capsys.readouterr().out
     picture = ElementTree.parse(tmp_path / "scatter.svg").getroot()
     words = [element.text for element in picture.iter() if element.text]
     assert words.count("SimCLR of 20 epochs") == words.count("D, untrained, all stages") == 2

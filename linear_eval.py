@@ -9,8 +9,8 @@ The protocol is the base code's: features once, in evaluation mode, of the last 
 probe learns from the labels of all training images, whatever --subset. Runs that differ in their
 seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
 Differences to the first row's, paired by seed, follow. Their standard error is pooled over the rows
-of as many epochs, as runs that differ in those alone share too much. What an eval.json has of other
-images and labels than those at hand is computed again.
+of as many epochs, as runs that differ in those alone share too much; over all rows, if those are too
+few. What an eval.json has of other images and labels than those at hand is computed again.
 """
 import argparse
 import json

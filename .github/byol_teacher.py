@@ -56,7 +56,7 @@ def parse():
     parser = make_parser(__doc__)
     parser.set_defaults(batch_size=256, layers="last")
     parser.add_argument("--teacher", required=True,
-                        type=lambda path: os.path.normpath(os.path.expanduser(path)),
+                        type=lambda path: os.path.relpath(os.path.expanduser(path)),
                         help="directory of the run whose encoder it is")
     parser.add_argument("--coeff", type=number(float, 1e-9), default=0.1,
                         help="weight of the third view")

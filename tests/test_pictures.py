@@ -41,7 +41,8 @@ def test_a_teacher_is_the_encoder_of_a_finished_run_of_the_seed(made):
                                     ("simclr", ("--seed", "1"), "of --seed 0; name one of"),
                                     ("student", (), "made with --teacher simclr_disc of 2 epochs"),
                                     ("nowhere", (), "--teacher nowhere: no run's directory; name"),
-                                    ("simclr/", ("--seed", "1"), "--teacher simclr: of --seed 0")]:
+                                    ("simclr/", ("--seed", "1"), "--teacher simclr: of --seed 0"),
+                                    (str(made / "simclr"), ("--seed", "1"), "--teacher simclr: ")]:
         assert teach(made, "student", teacher, *flags) == 2
         assert problem in (made / "err").read_text() and "Trace" not in (made / "err").read_text()
 

@@ -284,19 +284,28 @@ def studentized_range(rows, freedom):
     return ((x.amax(1) - x.amin(1)) / scale.square().mean(1).sqrt()).quantile(0.95).item()
 
 
+def comparable(rows):
+    """{label: {seed: accuracies}} of the rows whose difference to the first means something: on the
+    same data, runs or EBMs as it is; and of those among them over which an error is pooled."""
+    block, alike, (first, result) = {}, {}, rows[0]
+    kind, epochs = (first["script"] == "ebm", result.get("data")), first.get("epochs")
+    for label, (config, result) in zip(labels(rows)[0], rows):
+        if (config["script"] == "ebm", result.get("data")) == kind:
+            seeds = block.setdefault(label, {})
+            seeds.setdefault(config.get("seed"), result)
+            if config.get("epochs") == epochs:
+                alike[label] = seeds
+    return block, alike if pooled(alike, "linear")[1] > 1 else block
+
+
 def table(rows, untrained, split):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
     differences, paired by seed, to the first setting, with their pooled error, where it is known.
     """
-    groups, kinds, epochs, (names, shared) = {}, {}, {}, labels(rows)
+    groups, (names, shared), (block, alike) = {}, labels(rows), comparable(rows)
     for label, (config, result) in zip(names, rows):
         groups.setdefault(label, {})[config.get("seed")] = result
-        kinds[label] = config["script"] == "ebm", result.get("data")   # what can be compared
-        epochs[label] = config.get("epochs")
-    first_label, first = next(iter(groups.items()))
-    block = {label: x for label, x in groups.items() if kinds[label] == kinds[first_label]}
-    alike = {label: x for label, x in block.items() if epochs[label] == epochs[first_label]}
-    alike = alike if pooled(alike, "linear")[1] > 1 else block
+    first = next(iter(groups.values()))
     deviation = {metric: pooled(alike, metric) for metric in METRICS}
     freedom = deviation["linear"][1] if deviation["linear"][1] > 1 else 0      # from 1 none is told
     least = studentized_range(len(block), freedom) if freedom else math.inf

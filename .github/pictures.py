@@ -34,8 +34,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import (EBM_ROUND, UserError, augment, autocast, langevin, launch, load_ebm,
                     load_images, mix_with_noise, naming, reading)
-from linear_eval import (extract_features, knn_accuracy, labels, linear_accuracy, load_encoder,
-                         once, pooled, same_images)
+from linear_eval import (comparable, extract_features, knn_accuracy, labels, linear_accuracy,
+                         load_encoder, once, pooled, same_images)
 
 BLUE, RED, GREEN, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
 
@@ -214,15 +214,16 @@ def place(x, y, words, taken):
 
 def scatter(file):
     with naming(file, "not results that can be drawn", "name another"):
-        found = pairs(read(file))
+        found = pairs(rows := read(file))
     if len(kinds := {seed[1:] for seeds in found.values() for seed in seeds}) != 1:
         raise UserError(f"{file}: has {len(kinds)} kinds of BYOL at --coeff 1 with all that a pair "
                         "takes; name one with one kind: images, width, epochs, ...")
-    groups = {name: {seed: row[1] for seed, row in seeds.items()} for name, seeds in found.items()}
-    groups[""] = {seed: row[2] for seeds in found.values() for seed, row in seeds.items()}
+    epochs = kinds.pop()[2]
+    _, alike = comparable(sorted(((row["config"], row["result"]) for row in rows if row["result"]),
+                                 key=lambda row: row[0].get("epochs") != epochs))
     points = {}
     for metric in ("linear", "knn5"):
-        sd, freedom = pooled(groups, metric)
+        sd, freedom = pooled(alike, metric)
         for name, seeds in found.items():
             own, gain = (mean(row[i][metric] - row[2][metric] * (i == 1) for row in seeds.values())
                          for i in (0, 1))

@@ -90,6 +90,23 @@ def test_a_gain_is_over_the_plain_run_that_is_alike():
         assert pictures.pairs(rows[:9] + [other]) == {}
 
 
+def test_the_scatter_has_the_errors_of_the_table(tmp_path, monkeypatch, capsys):
+    """Those pooled over every run of as many epochs, a SimCLR's too."""
+    rows, d = [], dict(layers="last", ebm_iters=4000)
+    for seed, (plain, student, simclr, own) in enumerate([(50, 52, 61, 60), (51, 54, 60, 61)]):
+        rows += [row("byol_disc", seed, plain, coeff=0), row("byol_disc", seed, 45.0, 30, coeff=0),
+                 row("byol_disc", seed, student, coeff=1, **d), row("ebm", seed, own, **d),
+                 row("simclr_disc", seed, simclr, coeff=0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[1:] + rows[:1])))
+    monkeypatch.setattr(pictures, "HERE", tmp_path)
+    pictures.scatter(tmp_path / "rows.jsonl")
+    drawn, error = re.search(r"gain (\S+) ± (\S+),", capsys.readouterr().out).groups()
+    pairs = [(line["config"], line["result"]) for line in rows]
+    for part, same in [(pairs, True), ([p for p in pairs if "byol" in p[0]["script"]], False)]:
+        printed = re.search(rf"\{drawn}0 ± ([0-9.]+)", linear_eval.table(part, False, "test"))[1]
+        assert (abs(float(printed) - float(error)) < 0.06) == same
+
+
 def test_a_gain_has_the_error_of_pairs(tmp_path, monkeypatch, capsys):
     """Pooled over one teacher, it is the paired differences' own; from one seed there is none."""
     rows = []

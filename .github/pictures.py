@@ -202,14 +202,14 @@ def pairs(rows):
 
 def place(x, y, words, taken):
     """A label beside (x, y) that meets none of the boxes `taken`; its own is added to them."""
-    width = 8 * len(words)
-    for dx, dy in [(dx, dy) for dx in (12, -16 - width) for dy in (5, 24, -14)]:
-        left, right, top, bottom = x + dx, x + dx + width, y + dy - 14, y + dy + 4
-        if 50 < left and right < 660 and not any(
-                left < r and l < right and top < b and t < bottom for l, r, t, b in taken):
-            break
-    taken.append((left, right, top, bottom))
-    return text(left, y + dy, words, "start")
+    width = 7 * len(words)
+    boxes = [(x + dx, x + dx + width, y + dy - 14, y + dy + 4)
+             for dx in (12, -16 - width) for dy in (5, 24, -14)]
+    free = [(left, right, top, bottom) for left, right, top, bottom in boxes
+            if 50 < left and right < 660 and not any(
+                left < r and l < right and top < b and t < bottom for l, r, t, b in taken)]
+    taken.append((free or boxes)[0])
+    return text(taken[-1][0], taken[-1][3] - 4, words, "start")
 
 
 def scatter(file):

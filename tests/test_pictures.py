@@ -107,6 +107,14 @@ def test_the_scatter_has_the_errors_of_the_table(tmp_path, monkeypatch, capsys):
         assert (abs(float(printed) - float(error)) < 0.06) == same
 
 
+def test_a_label_stays_in_the_picture():
+    """Free of what is there where it can be, else beside its point."""
+    for taken, place in [([], (112, 105)), ([(90, 400, 90, 110)], (112, 124)),
+                         ([(0, 660, 0, 740)], (112, 105))]:
+        x, y = re.search(r'x="(\d+)" y="(\d+)"', pictures.place(100, 100, "D" * 20, taken)).groups()
+        assert (int(x), int(y)) == place and len(taken) > 0
+
+
 def test_a_gain_has_the_error_of_pairs(tmp_path, monkeypatch, capsys):
     """Pooled over one teacher, it is the paired differences' own; from one seed there is none."""
     rows = []

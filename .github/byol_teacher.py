@@ -32,9 +32,8 @@ class Teacher(nn.Module):
             self.kind = f"{config['script']} of {config['epochs']} epochs"
             for flag, plain in dict(coeff=0, width=args.width, subset=args.subset).items():
                 self.kind += f", {flag} {config[flag]}" * (config[flag] != plain)
-            if config["seed"] != args.seed:
-                raise UserError(f"--teacher {path}: of --seed {config['seed']}; name one of --seed "
-                                f"{args.seed}, as then runs can be paired")
+            if config["seed"] != args.seed:               # the same seed: the same initial weights
+                self.kind += f", seed {config['seed'] - args.seed:+d}"
         with reading(Path(path) / "checkpoint.pt") as saved:
             if saved["done"] < config["epochs"]:
                 raise UserError(f"--teacher {path}: is at epoch {saved['done']} of "

@@ -15,14 +15,15 @@ each stage), standardised; g_D their projector.
     python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
     python byol_disc.py --coeff 0           # its baseline: 90.20 %
 """
+import os
 from copy import deepcopy
 
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, byol_loss, captured, compile_model,
-                    distribute, ema_update, launch, lr_factor, make_parser, mlp, number,
-                    parse_flags, target_tau, training_images, z_std)
+from common import (Encoder, Run, augment, autocast, byol_loss, distribute, ema_update, grad_scaler,
+                    graphed, launch, lr_factor, make_parser, mlp, number, parse_flags, target_tau,
+                    training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -30,7 +31,8 @@ class BYOL(nn.Module):
     def __init__(self, args, discriminator):
         super().__init__()
         self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
-        self.augment, self.encoder = augment, Encoder(args.width)
+        self.sees_image = args.disc_input == "image"
+        self.encoder = Encoder(args.width)
         self.projector = mlp(self.encoder.dim, 1024, args.emb)
         self.predictor = mlp(args.emb, 1024, args.emb)
         self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
@@ -42,8 +44,8 @@ class BYOL(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.third_view else 2
-        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        n = 3 if self.third_view and not self.sees_image else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))
@@ -55,7 +57,7 @@ class BYOL(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2]
+        v3 = x / 255 if self.sees_image else views[2]
         with torch.no_grad():
             h3 = self.discriminator.features(v3, self.layers)             # (B, C)
             t3 = self.target_view_projector(h3)
@@ -73,12 +75,17 @@ class BYOL(nn.Module):
 
 
 def parse():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=256)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
                         help="weight of the third view; 0 is plain BYOL, without an EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
-                        help="stages of the discriminator whose pooled maps are the third view")
+                        help="discriminator features: of the last stage, or of all stages")
+    parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
+                        help="the discriminator sees a third augmented view, or the image itself")
+    parser.add_argument("--teacher", type=os.path.expanduser,
+                        help="control: directory of a run whose frozen encoder takes the "
+                             "discriminator's place")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
                         help="the target's moving-average rate at the start, rising to 1; larger "
                              "moves slower")
@@ -89,30 +96,35 @@ def main():
     args = parse()
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
-    total_steps = run.total_steps(images)
-    discriminator = run.get_ebm(images) if args.coeff > 0 else None
+    if run.finished:
+        return
+    discriminator = run.get_discriminator(images)                         # None with --coeff 0
+    total_steps = args.epochs * (len(images) // args.batch_size)
     torch.manual_seed(args.seed)
     model = BYOL(args, discriminator).to(args.device)
-    ddp = distribute(compile_model(model, args))
+    ddp = distribute(model)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
+    scaler = grad_scaler(args)                                            # fp16 alone needs it
 
     def forward_backward(x):
         optimizer.zero_grad()
         with autocast(args):
             loss, terms = ddp(x)
-        loss.backward()
+        scaler.scale(loss).backward()
         return {"loss": loss, **terms}
 
-    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
-    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
+    step = graphed(forward_backward, args)                                # with --graph
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
         for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(**terms)
+    del step                                                              # and its graph's memory
     run.finish(model.encoder)
 
 

@@ -1,29 +1,28 @@
-"""What the four experiments share, in the order in which the data flows.
+"""What the four experiments share, in the order in which the data flow.
 
-Flags, ranks, data, augmentation, networks, samplers, losses, optimisation, devices, files,
-training, the energy-based model (EBM), runs: no section uses a later one. Outside a network images
-are in [0, 1], or uint8 at rest.
+Flags, ranks, data, augmentation, networks, samplers, losses, devices, identity, files, the
+energy-based model (EBM), runs: no section uses a later one. Stored images are uint8; outside a
+network, images are floats in [0, 1].
 
-    python common.py                        # train the EBM alone (a script does it if needed)
+    python common.py                        # trains the EBM alone (a script does so if needed)
 """
 import argparse
+import ast
 import json
 import math
 import os
 import platform
-import signal
+import shutil
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
-from functools import lru_cache, partial, reduce
-from io import BytesIO
+from functools import lru_cache, partial
 from pathlib import Path
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -34,130 +33,87 @@ import torchvision
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch.nn.utils import parametrizations, parametrize
+from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.models.resnet import BasicBlock
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
-# --- Flags: those that all scripts share, and how a mistake is put ---------------------------
-# A flag is added here, or in the one script that needs it.
+# --- Flags that all scripts share ------------------------------------------------------------
+# Add a flag here, or in the one script that needs it.
 
 
 class UserError(Exception):
-    """A mistake with a remedy: `launch` prints its one line and exits with status 2."""
-
-
-@contextmanager
-def naming(what, problem, remedy, systems=False):
-    """An error within becomes a UserError of one line: what has which problem, the cause, the
-    remedy. Not where memory is the cause, or the system, unless its errors are meant: nothing is
-    wrong with `what` then."""
-    try:
-        yield
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".split("\n")[0].split(". In PyTorch")[0]
-        if (isinstance(error, (UserError, NameError)) or "memory" in cause.lower()
-                or getattr(error, "errno", None) and not systems):
-            raise
-        raise UserError(f"{what}: {problem} ({cause.rstrip(': ')}); {remedy}") from error
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        hint = "use --dataset folder" if "'stl10'" in message else "see --help"
-        raise UserError(f"{message}; {hint}")
+    """A user's mistake and its remedy. `launch` prints it as one line and exits with status 2."""
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of `kind` (int or float) in [low, high]."""
+    """An argparse type: a finite number of `kind` (int or float) between low and high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number in [{low}, {high}]")
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be finite and {limits}, got {text}")
         return value
     parse.__name__ = kind.__name__
     return parse
 
 
-def make_parser(doc, training=True):
-    """A parser with the flags that all scripts share; `doc` is the script's docstring."""
-    parser = Parser(description=doc.split("\n")[0], usage="%(prog)s [--flag value ...]")
-    add = parser.add_argument_group("images, networks and devices").add_argument
-    add("--dataset", default="cifar10", help="where the images come from",
-        choices=["cifar10", "cifar100", "folder", "synthetic"])
+def make_parser(doc, file, training=True):
+    """A parser with the flags that all scripts share; the script passes its __doc__, __file__."""
+    parser = argparse.ArgumentParser(
+        prog=Path(file).name, description=doc.split("\n")[0], usage="%(prog)s [options]",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(script=Path(file).stem, file=file)
+    add = parser.add_argument_group("data, networks and devices").add_argument
+    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder", "synthetic"],
+        help="data set; folder reads --data-dir")
     add("--data-dir", type=os.path.expanduser, default="data",
-        help="where to download to; for folder: DIR of DIR/{train,test}/<class>/*")
+        help="download directory; for --dataset folder that of train/<class>/ and test/<class>/")
     add("--subset", type=number(int, 0), default=0,
-        help="train on this many images; 0: all. The probe has the labels of all")
+        help="number of training images, 0 = all; the linear probe and kNN use all labelled ones")
     add("--width", type=number(int, 8, 1024), default=64,
-        help="channels of each network's narrowest stage, the others grow with it; at least 8")
+        help="base channel width of all networks (ResNet-18 has 64)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="random seed of weights, batches, views and samples")
+        help="random seed of initialisation, batch order, augmentation and sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="torch device: cpu, cuda, cuda:1, mps")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="number format in the networks; auto: bf16 where the device is fast in it")
-    add("--eager", action="store_true",
-        help="launch each operation of a step by itself; else one GPU replays them as a CUDA graph")
+        help="torch device: cpu, cuda, cuda:1")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+        help="auto = bf16 if the device is fast in it, else fp32; fp16 is for GPUs without bf16")
+    add("--graph", action="store_true",
+        help="replay the step as a CUDA graph; what a view draws outside torch is then frozen")
     add("--smoke", action="store_true",
-        help="preset of the flags not given: drawn shapes, small networks, minutes on a CPU")
+        help="quick test on synthetic data, minutes on a CPU; other flags still count")
     add = parser.add_argument_group("energy-based model (EBM)").add_argument
-    add("--ebm", type=os.path.expanduser,
-        help="its file, made if missing; None: in runs/, by its flags and --seed")
+    add("--ebm", type=os.path.expanduser, default=argparse.SUPPRESS,
+        help="file of the EBM (.pt), trained if missing; default: runs/ebm-<its settings>.pt")
     add("--ebm-iters", type=number(int, 0, 10**9), default=4000,
-        help="training iterations; 0 leaves it untrained, a control")
+        help="training iterations of the EBM; 0 = untrained, a control")
     add("--ebm-objective", choices=["gan", "ade", "cd"], default="gan",
-        help="f's negatives: gan, a generator's after five Langevin steps; ade (adversarial "
-             "dynamics embedding), after 30 with momentum; cd (contrastive divergence), replayed")
+        help="gan = logistic GAN with samples refined by Langevin steps; ade = adversarial "
+             "dynamics embedding; cd = contrastive divergence with a replay buffer")
     add("--ebm-rotation", type=number(float, 0), default=0,
-        help="weight of a rotation loss of the discriminator, 0.2 of it of the generator; 0: none")
+        help="weight of the discriminator's rotation-prediction loss (generator: a fifth of it)")
     if not training:
         return parser
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1, 10**9), default=1000, help="passes over training images")
+    add("--epochs", type=number(int, 0, 10**9), default=1000,
+        help="passes over the training images; 0 = evaluate the untrained encoder")
     add("--batch-size", type=number(int, 2), default=256, help="images per step, on all devices")
     add("--lr", type=number(float, 0), default=3e-3, help="Adam's learning rate after warm-up")
     add("--schedule", choices=["step", "cosine"], default="step",
-        help="step: times 0.2 at 95%% and 97.5%% of the run; cosine: down to 0")
-    add("--emb", type=number(int, 1, 2**16), default=64, help="dimension of the embedding z")
-    add("--run-dir", type=os.path.expanduser, help="its directory; None: in runs/, by its flags")
-    add("--eval-every", type=number(int, 0), default=0, help="epochs between logged kNN; 0: never")
-    add("--compile", action="store_true",
-        help="encoders, discriminator and augmentation by torch.compile: minutes to start, then "
-             "faster steps, with other draws of the views")
+        help="step = times 0.2 at 95%% and 97.5%% of training; cosine = cosine decay to 0")
+    add("--emb", type=number(int, 1, 2**16), default=64, help="output dimension of the projector")
+    add("--run-dir", type=os.path.expanduser, default=argparse.SUPPRESS,
+        help="output directory; default: runs/<script>-<flags that differ from their defaults>")
+    add("--eval-every", type=number(int, 0), default=0,
+        help="epochs between two kNN evaluations in the log; 0 = only at the end")
     return parser
-
-
-def add_langevin_flags(parser):
-    """The flags of the Langevin scripts' third view."""
-    add = parser.add_argument
-    add("--steps", type=number(int, 0), default=15,
-        help="Langevin steps; more go further from the image; 0: I_0 alone")
-    add("--step-size", type=number(float, 0), default=10,
-        help="factor on the gradient of f; larger climbs faster; 0: noise alone")
-    add("--noise-std", type=number(float, 0), default=1.0,
-        help="std of the noise of a step, in units of --noise-unit")
-    add("--noise-unit", type=number(float, 0), default=0.005,
-        help="what --noise-std 1 is, as a share of the pixel range")
-    add("--grad-clip", type=number(float, 0), default=0.01,
-        help="bound on each pixel's gradient; larger lets f move further")
-    add("--alpha", type=number(float, 0, 1), default=0.6,
-        help="share of the image in I_0, the rest is noise; 1: the image itself")
-    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
-        help="auxiliary: new images each step, as a third view; dataset: one for each training "
-             "image, made once and added to them, without a view: an epoch has twice the steps")
-    add("--view", choices=["langevin", "augment"], default="langevin",
-        help="augment: one more ordinary view instead, a control without an EBM")
 
 
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
              schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
 
 
-# --- Ranks and the terminal: what a script's process is among others -------------------------
-# What others ask of ranks and of the terminal; `launch` runs a script's main.
+# --- Ranks and console: one process among those of torchrun ----------------------------------
 
 
 def rank():
@@ -168,21 +124,14 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def of_all_ranks(item):
-    """[the item of each rank], for which each waits."""
-    items = [item] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
-    return items
-
-
 def barrier():
     """Wait for the other ranks."""
-    of_all_ranks(None)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 class Gather(torch.autograd.Function):
-    """All ranks' x (B, ...), concatenated in their order; backward sums over the ranks."""
+    """x (B, ...) of all ranks, concatenated in their order; backward sums over the ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -202,176 +151,86 @@ def gather(x):
 
 
 def show(line, passing=False):
-    """Print a line on rank 0; on a terminal the next line takes the place of a passing one."""
-    try:
-        if rank() == 0 and sys.stdout.isatty():
-            print("\r\033[K" + line, end="" if passing else "\n", flush=True)
-        elif rank() == 0 and not passing:
-            print(line, flush=True)
-    except OSError as error:                              # its reader has gone, or a disk is full
-        sys.stdout = open(os.devnull, "w")
-        show_error(f"stdout: {error.strerror}; going on without it")
-
-
-def show_error(line):
-    """Print a line on stderr, if there is still one."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    """Print a line on rank 0; on a terminal, the next line overwrites a passing one."""
+    if rank() == 0 and sys.stdout.isatty():
+        print("\r\033[K" + line, end="" if passing else "\n", flush=True)
+    elif rank() == 0 and not passing:
+        print(line, flush=True)
 
 
 def launch(main):
-    """Run a script's `main`; a mistake or a signal becomes one line and an exit status."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGTERM, stop)
-    for name in ("stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # it was closed
-        if hasattr(getattr(sys, name), "reconfigure"):                   # a notebook's has it not
-            getattr(sys, name).reconfigure(errors="backslashreplace")    # print any name and sign
+    """Run a script's `main`; a UserError or a system error is printed as a line, status 2."""
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if any(w in repr(error) for w in ("MemoryError", "out of memory", "allocate memory")):
-            error = "out of memory; use a smaller --batch-size or --width, or another --device"
-        elif isinstance(error, RuntimeError) and "by peer" in str(error):
-            error = "another rank has ended; its own line says why"
-        elif isinstance(error, RuntimeError):
-            raise
-        show_error(f"error: {error}")
-        if dist.is_initialized() and dist.get_backend() == "gloo":
-            dist.destroy_process_group()                  # left to the exit, it can abort
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        number, = stopped.args or [signal.SIGINT]
-        signal.signal(number, signal.SIG_DFL)
-        show_error("\nstopped: the same command goes on from the last checkpoint, if any "
-                   "(one a minute)")
-        os.kill(os.getpid(), number)                      # dies of it, as then bash ends a loop
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
-# A data set is added in `load_images` and as a choice of --dataset.
+# Add a data set in `load_images` and to the choices of --dataset.
 
 
 @lru_cache
 def load_images(dataset, data_dir, split):
     """Load the "train" or "test" split of a data set.
 
-    Returns uint8 images (N, 3, 32, 32), int64 labels (N,). UserError where they cannot be had.
+    Returns uint8 images (N, 3, 32, 32) and int64 labels (N,). UserError if they are not there.
     """
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
         return read_folder(Path(data_dir), split)
-    with naming(f"--dataset {dataset}", f"cannot download it to {data_dir}",
-                "put it there and name --data-dir, or use --dataset folder or synthetic", True):
-        source = getattr(torchvision.datasets, dataset.upper())
+    source = getattr(torchvision.datasets, dataset.upper())
+    try:
+        data = source(data_dir, split == "train")
+    except RuntimeError:                                             # it is not there
         try:
-            data = source(data_dir, split == "train")
-        except RuntimeError:                                         # it is not there
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(data_dir) / f"{dataset}.lock"):       # several ranks or runs may ask
+            os.makedirs(data_dir, exist_ok=True)
+            with FileLock(Path(data_dir) / "download.lock"):         # several processes may ask
                 data = source(data_dir, split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--dataset {dataset}: cannot download it to {data_dir} ({error}); "
+                            "put it there, or use --dataset folder or synthetic") from error
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
 def read_folder(root, split):
-    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, classes in order of name.
-
-    A printed line says what is left out: files of no class or not named like an image.
-    """
-    if not (root / "train").is_dir():
-        raise UserError(f"--data-dir {root}: has no train/<class>/* (--dataset folder needs it)")
-    classes = dict.fromkeys(name for x, name in listing(root / "train") if x.is_dir())
-    labels = {name: label for label, name in enumerate(classes)}
-    images, others = find_images(root / split)
-    if odd := (labels.keys() or {"<class>"}) ^ {name for _, name in images}:
-        raise UserError(f"{root / split / min(odd)}: a class needs images in train/ (and test/)")
-    if others:
-        show(f"{root / split}: {len(others)} left out, no images of a class, or read already: "
-             f"{others[0]}, ...")
-    files = sorted((labels[name], os.path.split(path), path) for path, name in images)
-    show(f"reading {len(files)} images of {root / split}", passing=True)
+    """Images (N, 3, 32, 32) and labels (N,) of root/split/<class>/**, without what is hidden."""
+    root = root / split
+    classes, train_classes = (
+        sorted(x.name for x in place.glob("*") if x.is_dir() and not x.name.startswith("."))
+        for place in (root, root.with_name("train")))
+    if not classes or classes != train_classes:
+        raise UserError(f"--data-dir {root.parent}: needs folders train/<class>/ and, of the same "
+                        f"classes, test/<class>/; {split}/ has {len(classes)}")
+    files = make_dataset(root, {name: label for label, name in enumerate(classes)},
+                         is_valid_file=lambda path: is_image_file(path)
+                         and "/." not in path[len(str(root)):])
+    show(f"reading {len(files)} images of {len(classes)} classes in {root}")
     with ThreadPoolExecutor() as threads:
-        images = [threads.submit(read_image, path) for _, _, path in files]
-    if wrong := [x.exception() for x in images if isinstance(x.exception(), UserError)]:
-        raise UserError(f"{len(wrong)} of {len(images)} images failed: {wrong[0]}")
-    return (torch.stack([x.result() for x in images]).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor([label for label, _, _ in files]))
-
-
-def listing(folder):
-    """[(path, name)] in a folder, sorted, but for what is hidden or a system's own; of the two
-    forms of an accent, a name has one."""
-    systems = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
-    return sorted((x, normalize("NFC", x.name)) for x in folder.iterdir()
-                  if not x.name.startswith((".", *systems)))
-
-
-def find_images(root):
-    """[(path, class)] of the images root/<class>/**, and the paths of whatever else is there.
-
-    A file or folder is met once, whatever links lead to it; UserError where they give it two
-    classes. What cannot be listed is the system's OSError.
-    """
-    known, images, others = Image.registered_extensions(), [], []
-    above = [x for x in (root, *root.resolve().parents) if os.path.exists(x)]
-    met = {x.stat()[1:3]: (x, None) for x in above}       # by inode and device
-    queue = listing(root)
-    for path, name in queue:                              # which grows meanwhile
-        place = path.stat()[1:3]
-        is_image = path.is_file() and path.suffix.lower() in known and path.parent != root
-        if not (is_image or path.is_dir()):
-            others.append(path)
-            continue
-        first, owner = met.setdefault(place, (path, name))
-        if owner != name:
-            raise UserError(f"{path}: is {first} too, of another class; leave one out")
-        if first is not path:
-            others.append(path)
-        elif is_image:
-            images.append((path, name))
-        else:
-            queue += [(x, name) for x, _ in listing(path)]
-    return images, others
-
-
-def has_test(args):
-    return args.dataset != "folder" or os.path.lexists(Path(args.data_dir) / "test")
+        images = torch.stack([*threads.map(read_image, [path for path, _ in files])])
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
 
 
 def read_image(path):
-    """An image file -> uint8 (32, 32, 3), upright, on white if transparent, 16 bits scaled to 8."""
-    content = BytesIO(Path(path).read_bytes())
-    with naming(path, "not a readable image", "mend or remove it"):    # PIL raises of many kinds
-        image = Image.open(content)
-        with suppress(Exception):                         # metadata that cannot be read, or kept
-            image.getexif()                               # else a TIFF's load would raise
-        image.load()
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":                             # I;16, I;16B, I, F: not 8 bits
-        image = eight_bits(image, path)
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+    """An image file -> uint8 (32, 32, 3): upright, on white if transparent, stretched."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except Exception as error:                                       # PIL raises many kinds
+        raise UserError(f"{path}: not a readable image ({error}); fix or delete it") from error
+    if image.mode[0] in "IF":                                        # `convert` would clip at 255
+        raise UserError(f"{path}: has mode {image.mode}; save it with 8 bits a channel")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image))
 
 
-def eight_bits(image, path):
-    """A gray image of more than 8 bits, scaled by the range of its format, with its alpha."""
-    tags = getattr(image, "tag_v2", {258: (16,), 262: 1})              # a TIFF's bits; black is 0
-    gray, bits = np.asarray(image), tags[258][0]
-    if (image.format not in {"PNG", "PPM", "JPEG2000", "TIFF"} or image.mode == "F" or bits > 16
-            or gray.min() < 0):
-        raise UserError(f"{path}: {image.format} of mode {image.mode} has no range of its own; "
-                        "save it with 8 or 16 bits")
-    alpha = 255 * (gray != image.info.get("transparency"))
-    gray = gray * (255 / (2 ** bits - 1))
-    gray = gray if tags.get(262) else 255 - gray
-    return Image.fromarray(np.stack([gray.round(), alpha], 2).astype(np.uint8))
-
+def has_test(args):
+    return args.dataset != "folder" or (Path(args.data_dir) / "test").exists()
 
 def draw_shapes(n, seed):
     """Noisy wallpapers of ten shapes; place, size, tilt, hues and brightness are nuisances.
@@ -410,7 +269,7 @@ def draw_shapes(n, seed):
 
 
 def training_images(args):
-    """The images (N, 3, 32, 32), uint8, to train on; --subset keeps the same ones for any seed."""
+    """The images (N, 3, H, W), uint8, to train on; --subset keeps the same ones for any seed."""
     images, _ = load_images(args.dataset, args.data_dir, "train")
     if args.subset > len(images):
         raise UserError(f"--subset {args.subset}: there are {len(images)} training images; 0: all")
@@ -637,26 +496,24 @@ def batch_statistics(module):
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
 
 
-# --- Samplers: Langevin dynamics, and adversarial dynamics embedding's -----------------------
-# They know of f only that it is differentiable: (B, ...) -> (B,).
+# --- Samplers: Langevin dynamics, and that of adversarial dynamics embedding (ADE) ------------
+# f is any differentiable function from images (B, ...) to (B,).
 
 
 def mix_with_noise(x, alpha):
-    """Where a chain starts: I_0 = alpha * x + (1 - alpha) * U(0, 1), same shape as x in [0, 1]."""
+    """Start of a chain: I_0 = alpha * x + (1 - alpha) * U(0, 1), for x in [0, 1] of any shape."""
     return alpha * x + (1 - alpha) * torch.rand_like(x)
 
 
 def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
-    """Langevin dynamics that climbs f: I <- I + step_size * grad f(I) + N(0, noise_std^2).
+    """Langevin dynamics, which ascends f: I <- I + step_size * grad f(I) + N(0, noise_std^2).
 
-    f: (B, ...) -> (B,), its weights untouched; x: (B, ...) in [0, 1] -> detached sample in [0, 1].
+    x: (B, ...) in [0, 1] -> detached sample in [0, 1]; f: (B, ...) -> (B,), its weights unchanged.
     The gradient is clamped element-wise to +-grad_clip, the image to [0, 1]. noise_std is in units
     of the pixel range. Memory does not grow with `steps`. Source: IGEBM, arXiv:1903.08689.
     """
@@ -672,13 +529,13 @@ def langevin(f, x, steps, step_size, noise_std, grad_clip=0.01):
 def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
     """ADE's sampler, differentiable in x, p and eps (arXiv:1904.12083, as in its authors' code).
 
-    On q = 2 x - 1, in [-1, 1], with g(q) = clip(grad_q f, +-grad_clip), held constant:
+    With q = 2 x - 1, in [-1, 1], and g(q) = clip(grad_q f, +-grad_clip), taken as constant:
 
         p <- p / 2 + eps / 2 * g(q)                                      half a step, then
         q <- clip(q + p, +-1),  p <- p / 2 + eps * g(q)                  `steps` times,
 
-    of whose last p takes eps / 2. f: (B, 3, H, W) in [0, 1] -> (B,); x in [0, 1], p (B, 3, H, W);
-    eps (3, H, W). Returns the last x, in [0, 1], and p. The graph holds no activation of f.
+    the last with eps / 2. f: (B, 3, H, W) in [0, 1] -> (B,); x in [0, 1] and p: (B, 3, H, W);
+    eps: (3, H, W). Returns the final x, in [0, 1], and p. The graph holds no activation of f.
     """
     q = 2 * x - 1
     for step in range(steps + 1):
@@ -691,36 +548,19 @@ def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
     return (q + 1) / 2, p
 
 
-def chain_flags(args):
-    """What `chain_end` takes of the flags, the noise's std in units of the pixel range."""
-    return {"alpha": args.alpha, "steps": args.steps, "step_size": args.step_size,
-            "noise_std": args.noise_std * args.noise_unit, "grad_clip": args.grad_clip}
+def run_chain(f, x, steps, args):
+    """`steps` steps of `langevin` with the flags' settings, from x (B, 3, H, W) in [0, 1]."""
+    f = f or (lambda x: x.flatten(1).sum(1))              # --step-size 0: f does not matter
+    return langevin(f, x, steps, args.step_size, args.noise_std * args.noise_unit, args.grad_clip)
 
 
-def chain_end(f, x, alpha, steps, step_size, noise_std, grad_clip):
-    """I_steps of the chains that start from images x (B, 3, H, W), uint8 -> in [0, 1]."""
-    return langevin(f, mix_with_noise(x / 255, alpha), steps, step_size, noise_std, grad_clip)
+def langevin_view(f, x, args):
+    """Final samples, in [0, 1], of the chains that start at images x (B, 3, H, W), uint8."""
+    return run_chain(f, mix_with_noise(x / 255, args.alpha), args.steps, args)
 
 
-def watch_chain(f, x, alpha, steps, **flags):
-    """A picture and the numbers of the chains from images x (B, 3, H, W), uint8.
-
-    The picture (rows * B, 3, H, W) has rows x, I_0, I_5, I_10, ..., I_steps; the numbers are, of
-    each I, the mean PSNR to x (dB) and f.
-    """
-    x, marks = x / 255, sorted({0, *range(5, steps, 5), steps})
-    rows = [mix_with_noise(x, alpha)]
-    for done, mark in zip(marks, marks[1:]):
-        rows.append(langevin(f, rows[-1], mark - done, **flags))
-    errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
-    f_of_x, *values = [f(image).float().mean().item() for image in [x, *rows]]
-    return torch.cat([x, *rows]), {
-        "steps": marks, "psnr": [-10 * error.log10().mean().item() for error in errors],
-        "f": values, "f_of_x": f_of_x}
-
-
-# --- Losses: in fp32 whatever the networks computed in ---------------------------------------
-# Of embeddings (B, D) -> a scalar; `nt_xent` alone sees those of other ranks too.
+# --- Losses, learning rate, moving average ---------------------------------------------------
+# Losses take embeddings (B, D) and are computed in fp32, whatever the networks computed in.
 
 
 def at_least_fp32(x):
@@ -728,11 +568,11 @@ def at_least_fp32(x):
 
 
 def nt_xent(z1, z2, temperature=0.5):
-    """SimCLR's loss (arXiv:2002.05709, eq. 1) over the 2B views z1, z2 of B images, (B, D) each.
+    """SimCLR's loss (arXiv:2002.05709, eq. 1) of the 2B views z1, z2 of B images, (B, D) each.
 
-    Every view is to find its partner among the 2B - 1 others, by cosine similarity. With several
-    ranks, the others come from all of them, with gradient, and B is the sum. All-equal
-    similarities give log(2B - 1).
+    Each view has to find the other view of its image among 2B - 1 candidates, by cosine similarity.
+    With several ranks the candidates come from all of them, with gradient, and B is the sum.
+    All-equal similarities give log(2B - 1).
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = F.normalize(at_least_fp32(z1)), F.normalize(at_least_fp32(z2))
@@ -746,7 +586,7 @@ def nt_xent(z1, z2, temperature=0.5):
 def byol_loss(p, t):
     """BYOL's loss (arXiv:2006.07733, eq. 2): the mean of |p/|p| - t/|t||^2 = 2 - 2 cos(p, t).
 
-    p, t: (B, D) -> scalar in [0, 4]; no gradient into the target t.
+    p, t: (B, D) -> scalar in [0, 4]; no gradient flows into the target t.
     """
     return 2 - 2 * F.cosine_similarity(at_least_fp32(p), at_least_fp32(t.detach())).mean()
 
@@ -756,262 +596,321 @@ def z_std(z):
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 
-# --- Optimisation: the schedules, and BYOL's moving average ----------------------------------
-# Functions of the step and of parameters; the loops are in the scripts.
+def lr_factor(schedule, total_steps):
+    """The function step -> factor of the learning rate, for `total_steps` optimiser steps.
 
-
-def lr_factor(schedule, steps):
-    """step -> factor of the learning rate, for a run of `steps` steps.
-
-    Linear warm-up over 500 steps, at most a tenth of the run. Then "step": times 0.2 after 95 % and
-    97.5 % of the run; or "cosine": down to 0 at the end.
+    Linear warm-up over 500 steps, at most a tenth of training. Then "step": times 0.2 at 95 % and
+    at 97.5 % of training; "cosine": down to 0 at its end.
     """
-    warmup = min(500, steps // 10)
-    drops = [round(share * steps) for share in (0.95, 0.975)]
+    warmup = min(500, total_steps // 10)
+    drops = [round(share * total_steps) for share in (0.95, 0.975)]
 
     def factor(step):
         if step < warmup:
             return (step + 1) / warmup
         if schedule == "step":
             return 0.2 ** sum(step >= drop for drop in drops)
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
     return factor
 
 
 def target_tau(tau, progress):
-    """BYOL's moving-average rate: cosine from tau at progress 0 to 1 at progress 1."""
+    """BYOL's EMA momentum: a cosine from tau at progress 0 to 1 at progress 1."""
     return 1 - (1 - tau) * (math.cos(math.pi * progress) + 1) / 2
 
 
 @torch.no_grad()
 def ema_update(target, online, tau):
-    """target <- tau * target + (1 - tau) * online; parameters only, each has buffers of its own."""
+    """target <- tau * target + (1 - tau) * online, for parameters; buffers are not averaged."""
     torch._foreach_lerp_([*target.parameters()], [*online.parameters()], 1 - tau)
 
 
-# --- Devices: which one computes, in what format, and how a step reaches it ------------------
-# No method and no loss is changed by any of it.
+# --- Devices: where and in what precision a step is computed ---------------------------------
 
 
 def prepare_device(args):
-    """Check the device; join torchrun's ranks, if any, which wait up to a day for rank 0's EBM."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
-    started = any(map(os.environ.get, names)) and not dist.is_initialized()
-    if started and args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with naming(f"--device {args.device}", "cannot be used", "name another"):
-        there = torch.zeros(1, device=args.device)
-        there.cpu()
-    if there.is_cuda:
-        torch.cuda.set_device(there.device)
+    """Set up args.device; join torchrun's other processes, which wait a day for rank 0's EBM."""
+    joins = "RANK" in os.environ and not dist.is_initialized()
+    if joins and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).split("\n")[0]
+        raise UserError(f"--device {args.device}: cannot be used ({first_line})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: use cpu or cuda; on mps, BatchNorm of "
+                        "channels_last images has wrong gradients (pytorch issue 175189)")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("highest")           # whatever the environment says
-    with naming("this rank", "cannot join the others",
-                f"start with torchrun, or unset its variables, {', '.join(names)}"):
-        if started:
-            number, ranks, _ = (int(os.environ[name]) for name in names[:3])
-            if not 0 <= number < ranks:
-                raise ValueError(f"RANK {number} of WORLD_SIZE {ranks}")
-            dist.init_process_group("nccl" if there.is_cuda else "gloo", timeout=timedelta(days=1))
-    avx2 = args.device.startswith("cpu") and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if getattr(args, "compile", False) and (avx2 or world_size() > 1):
-        raise UserError("--compile: leave it out; with " + (
-            "AVX2 alone gradients of f were seen as NaN" if avx2
-            else "several ranks it was never tried"))
+        torch.set_float32_matmul_precision("highest")                # whatever the environment says
+    if joins:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
-def in_bf16(args):
-    """Whether the networks compute in bf16: --precision, auto being where the device is fast in it.
+def resolve_precision(args):
+    """--precision; auto is bf16 where the device computes it natively and faster than fp32.
 
-    A CPU is so with AMX, or with AVX512's bf16 on AMD's; on Intel's that is slower than fp32.
+    CPUs do with AMX, and AMD's with AVX512's bf16 instructions, which on Intel's are slower.
     """
-    kind = torch.device(args.device).type
-    if args.precision != "auto":
-        return args.precision == "bf16"
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    info = Path("/proc/cpuinfo")
-    amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
-    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
+    on_gpu, info = args.device.startswith("cuda"), Path("/proc/cpuinfo")
+    if on_gpu:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.cpu.get_cpu_capability() != "AVX512":
+        fast = False
+    else:
+        amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+        fast = (torch.cpu._is_amx_tile_supported()
+                or amd and torch.cpu._is_avx512_bf16_supported())
+    if args.precision == "auto" and on_gpu and not fast:
+        show("this GPU has no bf16: auto is fp32; --precision fp16 may be several times faster")
+    if args.precision == "bf16" and on_gpu and not fast:
+        raise UserError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+    return ("bf16" if fast else "fp32") if args.precision == "auto" else args.precision
 
 
 def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=in_bf16(args))
+    """The context in which networks compute in args.precision."""
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
 
 
-def compile_model(model, args):
-    """The model, with --compile its augmentation, encoders and f by torch.compile; no weight
-    changes its name."""
-    if args.compile:
-        model.augment = torch.compile(model.augment, dynamic=False)
-    for part in model.children() if args.compile else []:
-        if isinstance(part, (Encoder, Discriminator)):
-            part.compile()
-            if isinstance(part, Discriminator):
-                part.features = torch.compile(part.features)
-    return model
-
-
-def captured(step, args):
-    """`step`, a function of a tensor x to {name: scalar tensor}; on one GPU a CUDA graph of it.
-
-    Three calls run as written, on the stream that will capture, as autograd keeps to a stream. The
-    fourth is captured; it and later ones are replayed. x keeps its shape. What Python decides stays
-    as it was then, random numbers go on. UserError where `step` waits for the GPU.
-    """
-    if (torch.device(args.device).type != "cuda" or world_size() > 1
-            or getattr(args, "compile", False) or getattr(args, "eager", False)):
-        return step
-    stream, graph, first, static = torch.cuda.Stream(), torch.cuda.CUDAGraph(), [step] * 3, {}
-
-    def call(x):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            if first:
-                terms = first.pop()(x)
-            else:
-                if "terms" not in static:
-                    static["x"] = x.clone()
-                    with naming("a step", "cannot be captured as a CUDA graph", "use --eager"):
-                        try:
-                            with torch.cuda.graph(graph, stream=stream):
-                                static["terms"] = step(static["x"])
-                        except Exception as error:        # of the capture's end, after the step's
-                            raise error.__context__ or error
-                static["x"].copy_(x)
-                graph.replay()
-                terms = {name: term.detach().clone() for name, term in static["terms"].items()}
-        torch.cuda.current_stream().wait_stream(stream)
-        return terms
-    return call
+def grad_scaler(args):
+    """Scales the loss so that fp16 gradients do not underflow; does nothing in other precisions."""
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
 
 
 def distribute(model):
-    """The model, under DistributedDataParallel where there are several ranks."""
+    """The model, under DistributedDataParallel if there are several ranks."""
     if world_size() == 1:
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        show("CPU ranks: each normalises by the statistics of its own share of the batch")
+        show("note: BatchNorm is not synchronised across CPU processes")
     return nn.parallel.DistributedDataParallel(model)
 
 
-# --- Files: whole or not at all, ours or refused; and what a run is known by -----------------
-# The one place that writes and reads; what a file holds is its caller's affair.
+class Graphed:
+    """A step, a function of a tensor x to {name: scalar tensor}, replayed as a CUDA graph.
+
+    The first three calls are eager, on the stream that will capture; the fourth is captured. The
+    shape of x, Python's control flow, and random numbers from outside torch are frozen then.
+    """
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def __call__(self, x):
+        self.calls += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            terms = self.step(x) if self.calls <= 3 else self.replay(x)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return terms
+
+    def replay(self, x):
+        if self.calls == 4:
+            self.x = x.clone()
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.terms = self.step(self.x)
+            except Exception as error:                    # its context is the step's own error
+                cause = str(error.__context__ or error).split("\n")[0]
+                raise UserError(f"--graph: the step cannot be captured ({cause}); repeat the "
+                                "command without --graph, which resumes") from error
+        self.x.copy_(x)
+        self.graph.replay()
+        return {name: term.detach().clone() for name, term in self.terms.items()}
 
 
-def write_whole(path, fill):
-    """Let `fill` write a file beside `path`, then rename it: what is at `path` is always whole."""
-    beside = path.with_suffix(".new")
-    try:
-        fill(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:              # torch's is a RuntimeError
-        with suppress(OSError):
-            beside.unlink()
-        raise UserError(f"{path}: cannot be written ({error}); what was there still is") from None
+def graphed(step, args):
+    """The step as a CUDA graph with --graph, on one NVIDIA GPU; else the step itself."""
+    if not args.graph:
+        return step
+    if not args.device.startswith("cuda") or torch.version.hip or world_size() > 1:
+        show("--graph is ignored: it needs one process on one NVIDIA GPU")
+        return step
+    return Graphed(step)
 
 
-def save(path, **content):
-    """Write these entries, a config among them, as PyTorch does; `reading` reads them."""
-    write_whole(path, partial(torch.save, content))
+# --- Identity: what makes a run what it is, and its name -------------------------------------
+# A run is identified by the flags that have an effect, its data, its frozen network and its code.
+
+NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file",
+                "defaults", "code"}
+EBM_FLAGS = {"ebm_iters", "ebm_objective", "ebm_rotation"}
+STEP_FLAGS = {"step_size", "noise_std", "noise_unit", "grad_clip"}
+CHAIN_FLAGS = {"steps", "alpha", *STEP_FLAGS}
 
 
-def write_json(path, row):
-    write_whole(path, lambda file: file.write_text(json.dumps(row, indent=1) + "\n"))
-
-
-def append(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def checksum(*tensors):
-    """CRC-32 of the bytes of tensors, or of a module's; it stands for their content in a config."""
-    if isinstance(tensors[0], nn.Module):
-        tensors = tensors[0].state_dict().values()
-    return reduce(lambda crc, x: zlib.crc32(x.detach().cpu().contiguous().numpy(), crc), tensors, 0)
-
-
-VERSION = 2                                               # without one, ade was what gan is now
-NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "eager", "computed_in"}
-NOT_FLAGS = {"images": "other images", "f": "another EBM or teacher", "version": "other code",
-             "done": "another checkpoint"}
-
-
-def same_config(path, saved, wanted):
-    """UserError where what is at `path` was made with other flags, images or EBM than wanted."""
-    if saved.get("computed_in") and wanted.get("computed_in"):         # older code did not note it
-        saved, wanted = ({**row, "precision": row["computed_in"]} for row in (saved, wanted))
-    for flag, value in wanted.items():
-        if flag not in NOT_IDENTITY and saved.get(flag) != value:
-            other = f"--{flag.replace('_', '-')} {saved.get(flag)}, not {value}"
-            raise UserError(f"{path}: made with {NOT_FLAGS.get(flag, other)}; name another "
-                            "--run-dir, --ebm or --data-dir, or use the same flags"
-                            + " and --run-dir" * (flag == "precision"))
-
-
-@contextmanager
-def reading(path, wanted={}):
-    """Yield the dict in the file `path`, JSON or PyTorch's. UserError where it is of another config
-    than `wanted`; or that fails, or what is done with it: it is not a whole file of ours."""
-    with naming(path, "not a whole file of ours",
-                "name another, or remove it if it is one of ours, damaged or of older code"):
-        if Path(path).suffix == ".json":
-            content = json.loads(Path(path).read_text())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if Path(path).name != "eval.json":
-            (config := content.get("config", content))["version"]    # code that had none is refused
-            same_config(path, config, wanted)
-        yield content
-
-
-def same_on_all_ranks(**config):
-    """UserError on each rank where the config of one is not the first's."""
-    for number, other in enumerate(configs := of_all_ranks(config)):
-        same_config(f"rank {number}, unlike rank 0", other, configs[0])
-
-
-def name_files(parser, args):
-    """Name the run's directory and its EBM's file by the flags that make them what they are."""
-    differing = [f"{flag}={value}" for flag, value in vars(args).items()
-                 if flag not in NOT_IDENTITY and value != parser.get_default(flag)]
-    if "run_dir" in args and not args.run_dir:
-        args.run_dir = "runs/" + "-".join([args.script, *differing]).replace("/", "_")
-        if len(os.fsencode(Path(args.run_dir).name)) > 255:
-            raise UserError(f"--run-dir: too many flags to name it by: {args.run_dir}; name one")
-    parts = ["ebm", args.dataset, args.subset or "", f"width={args.width}", args.ebm_objective,
-             f"rotation={args.ebm_rotation}" if args.ebm_rotation else "",
-             f"seed={args.seed}" if args.seed else "", args.ebm_iters]
-    args.ebm = args.ebm or "runs/" + "-".join(str(part) for part in parts if part != "") + ".pt"
-    if Path(args.ebm).suffix != ".pt":
-        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
-    at, its = map(os.path.realpath, (getattr(args, "run_dir", args.ebm), args.ebm[:-2] + "ebm"))
-    if at == its or at.endswith(".ebm"):
-        raise UserError(f"--run-dir {args.run_dir}: is an EBM's (--ebm {args.ebm}); name another")
+def without_effect(args):
+    """Names of the flags that change nothing, given the values of the others."""
+    is_data = getattr(args, "use", "") == "dataset"
+    baseline = getattr(args, "coeff", 1) == 0 and not is_data
+    augmented = getattr(args, "view", "") == "augment"
+    cases = [(is_data, {"coeff"}),
+             (baseline, {"view", "layers", "disc_input", "teacher"}),
+             (baseline or augmented, EBM_FLAGS | CHAIN_FLAGS),
+             (getattr(args, "teacher", None), EBM_FLAGS | {"layers"}),
+             (getattr(args, "steps", 1) == 0, EBM_FLAGS | STEP_FLAGS),
+             (getattr(args, "step_size", 1) == 0, EBM_FLAGS | {"grad_clip"}),
+             (getattr(args, "noise_std", 1) == 0, {"noise_unit"}),
+             (getattr(args, "ebm_iters", 1) == 0, {"ebm_rotation"})]
+    return set().union(*(flags for holds, flags in cases if holds))
 
 
 def parse_flags(parser, argv=None):
-    """Parse, with the preset of --smoke; name where things are kept; join the other ranks."""
-    if "--smoke" in (sys.argv if argv is None else argv):
+    """Parse the flags, set up the device, and name the run and its EBM after their settings."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--smoke" in argv:
         parser.set_defaults(**{a.dest: SMOKE[a.dest] for a in parser._actions if a.dest in SMOKE})
-    parser.set_defaults(script=Path(parser.prog).stem, version=VERSION)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)                      # so that everybody gets the same figures
     args = parser.parse_args(argv)
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
-        raise UserError("--view augment: there is no third view with --use dataset")
-    name_files(parser, args)
+        parser.error("--view augment: with --use dataset there is no third view")
+    args.defaults = {a.dest: a.default for a in parser._actions if a.dest not in NOT_IDENTITY
+                     and a.default is not argparse.SUPPRESS}
+    changed = {flag: vars(args)[flag] for flag, default in args.defaults.items()
+               if vars(args)[flag] != default}
     prepare_device(args)
+    args.precision = resolve_precision(args)
+    ignored = changed.keys() & without_effect(args)
+    if ignored:
+        show(f"without effect, given the other flags: {', '.join(sorted(ignored))}")
+    if "epochs" in args and "run_dir" not in args:
+        parts = [f"{flag}={value}" for flag, value in changed.items() if flag not in ignored]
+        parts = [args.script, *["smoke"] * args.smoke, *parts]
+        args.run_dir = "runs/" + "-".join(parts).replace("/", "_")
+    if "ebm" not in args:
+        parts = ["ebm", args.dataset, args.subset or "all", f"width={args.width}",
+                 args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation}",
+                 f"seed={args.seed}", ebm_precision(args), torch.device(args.device).type]
+        args.ebm = f"runs/{'-'.join(map(str, parts))}.pt"
     return args
 
 
-# --- Training: rounds of it in a directory, which resume -------------------------------------
-# An EBM's as well as a script's; a round is an epoch, or some iterations.
+def ebm_precision(args):
+    """The EBM's own precision: its small gradients are not computed in fp16."""
+    return "bf16" if args.precision == "bf16" else "fp32"
+
+
+def source_files(script):
+    """Paths of a script, of common.py, and of what they import from their own directory.
+
+    linear_eval.py is left out, as eval.json says itself by which code it was measured.
+    """
+    files = list({Path(script).resolve(), Path(__file__).resolve()})
+    for file in files:                                    # grows meanwhile
+        imports = [node for node in ast.walk(ast.parse(file.read_text()))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for node in imports:
+            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]:
+                module = file.with_name(f"{name}.py")
+                if name != "linear_eval" and module.exists() and module not in files:
+                    files.append(module)
+    return sorted(files, key=lambda file: file.name)
+
+
+def code_checksum(files):
+    """Checksum of Python files that comments, docstrings and layout do not change."""
+    crc = 0
+    for file in files:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [part for part in node.body if not (
+                    isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
+        crc = zlib.crc32(ast.unparse(tree).encode(), crc)
+    return f"{crc:08x}"
+
+
+def checksum(*tensors):
+    """CRC-32 of the bytes of tensors, or of all tensors of a module."""
+    if isinstance(tensors[0], nn.Module):
+        tensors = tensors[0].state_dict().values()
+    crc = 0
+    for x in tensors:
+        x = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        crc = zlib.crc32(x.numpy(), crc)
+    return crc
+
+
+def data_checksum(args):
+    """Checksum of all images and labels of a data set, of both splits if it has them."""
+    splits = ["train", "test"] if has_test(args) else ["train"]
+    return checksum(*(x for split in splits
+                      for x in load_images(args.dataset, args.data_dir, split)))
+
+
+DESCRIPTION = {"images": "other training images", "data": "other labels or test images",
+               "f": "another EBM or frozen network"}
+
+
+def check_config(path, saved, wanted):
+    """UserError if what is at `path`, of the config `saved`, was made with other settings.
+
+    A flag that one of the two lacks counts as its default.
+    """
+    defaults = {**saved.get("defaults", {}), **wanted.get("defaults", {})}
+    for key in sorted((saved.keys() | wanted.keys()) - NOT_IDENTITY):
+        known = [key in config or key in defaults for config in (saved, wanted)]
+        before, now = (config.get(key, defaults.get(key)) for config in (saved, wanted))
+        if all(known) and before != now:
+            made = DESCRIPTION.get(key, f"--{key.replace('_', '-')} {before}, not {now}")
+            raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
+                            "its own settings")
+
+
+# --- Files: what training leaves in its directory, and how it resumes ------------------------
+# Of an EBM's training as well as a run's.
+
+CHECKPOINT_SECONDS = 60                                   # at least, between two checkpoints
+
+
+def save(path, content):
+    """Write a .json, .jsonl, .png or .pt file whole or not at all: beside `path`, then renamed."""
+    beside = path.with_suffix(".new")
+    if path.suffix == ".pt":
+        torch.save(content, beside)
+    elif path.suffix == ".png":
+        save_image(content, beside, format="png")
+    elif path.suffix == ".jsonl":
+        beside.write_text("".join(json.dumps(row) + "\n" for row in content))
+    else:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def load(path, *keys):
+    """Read a .json or .pt file; UserError if it is damaged, or is no dict with these keys."""
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        for key in keys:
+            content[key]
+    except OSError:
+        raise
+    except Exception as error:                            # torch and json raise many kinds
+        cause = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{path}: damaged, or not written by this code ({cause}); name another, "
+                        "or delete it") from error
+    return content
+
+
+def load_weights(module, weights, path, config):
+    """Load a state dict from the file `path`; UserError if it is of another network."""
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: its weights are of another network than this code's; the code "
+                        f"that made it is {config.get('code')}, see source-* beside it") from error
 
 
 def seed_of(*numbers):
@@ -1019,163 +918,114 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
-def this_commit():
-    """The commit of this code, with "+changes" if it was changed; None outside its repository."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, check=True,
-                              env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
-                              capture_output=True, text=True).stdout.strip()
-
-    with suppress(OSError, subprocess.CalledProcessError):
-        commit, _ = git("rev-parse", "HEAD", "HEAD:./common.py").split()   # it has this code
-        return commit + "+changes" * bool(git("status", "--porcelain", "-uall", ":(glob)*.py"))
-
-
-def start_log(path, counter, done, device):
-    """Add a line on this start to a log; drop what came after `done`, at 0 all that is there."""
-    if path.exists():
-        with naming(path, "a line is not ours", "mend or remove it"):
-            lines = [x for x in path.read_text().splitlines(True) if x.endswith("\n")]
-            for line in lines[:1]:
-                json.loads(line)["argv"]                  # the first is on the origin
-            kept = "".join(x for x in lines if json.loads(x).get(counter, 0) <= done > 0)
-        write_whole(path, lambda file: file.write_text(kept))
-    append(path, {"argv": sys.argv, "commit": this_commit(),
-                  "python": sys.version.split()[0], "torch": torch.__version__,
-                  "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
-                  "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
-                  "cpu": torch.backends.cpu.get_cpu_capability()})
+def provenance():
+    """What training was started with, for the first line of its log."""
+    git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True, text=True,
+                         cwd=Path(__file__).resolve().parent, capture_output=True)
+    return {"argv": sys.argv, "commit": git.stdout.strip() or None,
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-CHECKPOINT_SECONDS = 60                                   # at least, between two checkpoints
+def claim(directory, config, script):
+    """Make `directory` the one of this config, and copy the script and what it imports into it.
+
+    Returns what config.json then holds: the config, and a checksum of that code. UserError if there
+    are results of other settings in the directory, or of a finished run of other code. If other
+    code began what is there, a line says so and both checksums are kept.
+    """
+    path, files = directory / "config.json", source_files(script)
+    code = code_checksum(files)
+    config, finished = {**config, "code": code}, (directory / "eval.json").exists()
+    if finished or any(directory.glob("*.pt")):
+        saved = load(path, "code") if path.exists() else {"code": "unknown"}
+        check_config(directory, saved, config)
+        config, old = {**saved, **config}, saved["code"]
+        made_by = f"made by other code ({old}, kept as source-* in it) than today's ({code})"
+        if old != code and finished:
+            raise UserError(f"{directory}: {made_by}; to run today's, name another --run-dir")
+        if old != code:
+            show(f"{directory}: {made_by}, which resumes it; to run all of it by today's, name "
+                 "another --run-dir or --ebm")
+            config["code"] = old if old.endswith(code) else f"{old}+{code}"
+    source = directory / f"source-{code}"
+    source.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copy(file, source)
+    save(path, config)
+    return config
 
 
-class Training:
-    """Rounds of training, logged and kept in a directory; one process at a time.
+class Progress:
+    """How far training is: its log and its checkpoint, in a directory.
 
-    A round is an epoch, or some iterations of an EBM. The state is written after the last, and
-    after others if a minute has passed since the last time. A resumed run does again what came
-    after it, and ends with the same weights.
+    `state` is {name: object with a state_dict}, which is restored from the checkpoint. `total` is
+    the number of epochs, or of iterations of an EBM. A checkpoint is written at the end, and when
+    a round ends a minute or more after the last one. Work after it is repeated, with equal results.
     """
 
-    def __init__(self, path, config):
-        self.path, self.config, self.ranks = Path(path), config, 1
-        self.lock = FileLock(self.path / ".lock")
-        self.check_config()
-
-    def check_config(self):
-        """UserError where the directory holds what was made with another config."""
-        def there(*names):
-            return any((self.path / name).exists() for name in names)
-
-        self.saved = self.config
-        if there("config.json"):
-            with reading(self.path / "config.json") as self.saved:
-                if there("checkpoint.pt", "generated.pt", "chain.json", "eval.json"):
-                    same_config(self.path, self.saved, self.config)
-        elif there("chain.json", "eval.json"):                      # the others hold a config too
-            raise UserError(f"{self.path}: has results but no config.json; name another --run-dir")
-
-    def lock_directory(self, wait=False):
-        """Make the directory and keep others out of it, until `lock` is released or the process
-        ends. Where another process is at it, raises UserError, or waits."""
-        if rank() == 0 and not self.lock.is_locked:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                if not wait:
-                    raise UserError(f"{self.path}: another process is at this run; wait for it or "
-                                    f"name another --run-dir; if none is, remove {self.path}/.lock"
-                                    ) from None
-                show(f"{self.path}: waiting for the process that makes it; if none, remove .lock")
-                self.lock.acquire()
-            except (OSError, NotImplementedError) as error:         # the latter: it has no locks
-                raise UserError(f"{self.path}: {error.args[-1]}; name another place") from None
-        self.check_config()
-
-    def restore(self, state):
-        """Load the checkpoint, if there is one, into `state`; returns how much was done, or 0."""
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return 0
-        with reading(path, self.config) as saved:
-            if saved["ranks"] != self.ranks:
-                raise UserError(f"{path}: made on {saved['ranks']} ranks; start as many")
+    def __init__(self, directory, config, counter, total, state):
+        self.directory, self.counter, self.total, self.state = directory, counter, total, state
+        self.done, self.log = 0, []
+        path = directory / "checkpoint.pt"
+        if path.exists():
+            saved = load(path, "done", "log", *state)
             for name, part in state.items():
-                part.load_state_dict(saved[name])
-            self.config["computed_in"] = saved["config"].get("computed_in")   # maybe unknown
-            return saved["done"]
+                load_weights(part, saved[name], path, config)
+            self.done, self.log = saved["done"], saved["log"]
+        self.log.append(provenance())
+        self.first, self.began, self.written = self.done, time.monotonic(), time.monotonic()
 
-    def rounds(self, counter, total, size, state):
-        """Yield the rounds that are left, as (start, end) in epochs or iterations.
-
-        counter: "epoch" or "iteration"; total: how many; size: of a round; state: {name: what has
-        a state_dict}. Who takes a round seeds it, logs its steps, and at its end keeps its row.
-        """
-        self.lock_directory()
-        self.counter, self.total, self.state = counter, total, state
-        self.done = self.first = self.restore(state)
-        if self.ranks > 1:
-            same_on_all_ranks(**self.config, done=self.done)
+    def write(self):
+        """Write log.jsonl and checkpoint.pt."""
         if rank() == 0:
-            write_json(self.path / "config.json", self.config)
-            start_log(self.path / "log.jsonl", counter, self.first, self.config["device"])
-        self.began = self.written = time.monotonic()
-        while self.done < total:
-            start, self.done, self.rows = self.done, min(self.done + size, total), []
-            self.round_began = time.monotonic()
-            yield start, self.done
+            state = {name: part.state_dict() for name, part in self.state.items()}
+            save(self.directory / "log.jsonl", self.log)
+            save(self.directory / "checkpoint.pt", {"done": self.done, "log": self.log, **state})
+        self.written = time.monotonic()
 
-    def log(self, **terms):
-        """Note a step's scalars; the round's row has their means."""
-        self.rows.append({name: value.detach() for name, value in terms.items()})
-
-    def seconds(self):
-        """Since the round began."""
-        return round(time.monotonic() - self.round_began, 3)
-
-    def means(self):
-        """The row of the round: how much is done, means over its steps and all ranks, seconds."""
-        means = torch.stack([torch.stack([*row.values()]).float() for row in self.rows]).mean(0)
-        if self.ranks > 1:
-            dist.all_reduce(means)
-        row = dict(zip(self.rows[0], (means / self.ranks).tolist()))       # waits for the device
-        return {self.counter: self.done, **row, "seconds": self.seconds()}
-
-    def keep(self, row, text):
-        """End the round: log its row, write a checkpoint where one is due, and show the text."""
-        now = time.monotonic()
-        if rank() == 0:
-            append(self.path / "log.jsonl", row)
-            if self.done == self.total or now > self.written + CHECKPOINT_SECONDS:
-                save(self.path / "checkpoint.pt", config=self.config, ranks=self.ranks,
-                     done=self.done, **{name: x.state_dict() for name, x in self.state.items()})
-                self.written = now
-        left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
-        show(f"{self.counter} {self.done}/{self.total}  {text}  "
-             f"{timedelta(seconds=round(left))} left")
+    def end_round(self, done, row, text):
+        """Log a row, show the text, and write a checkpoint if one is due."""
+        self.done, now = done, time.monotonic()
+        self.log.append({self.counter: done, **row})
+        left = (now - self.began) / (done - self.first) * (self.total - done)
+        show(f"{self.counter} {done}/{self.total}  {text}  {timedelta(seconds=round(left))} left")
+        if done == self.total or now > self.written + CHECKPOINT_SECONDS:
+            self.write()
+        elif rank() == 0:
+            save(self.directory / "log.jsonl", self.log)
 
 
-# --- Energy-based model: f, and where its negatives come from, on the same images ------------
-# Its network is f where it is an energy, `discriminator` where it is an encoder, d in these steps.
-# An objective is a step function, named in EBM_ADAM, `ebm_rounds` and --ebm-objective's choices.
+def means(steps, ranks=1):
+    """{name: mean over steps and ranks} of the terms of each step, {name: scalar tensor}."""
+    mean = torch.stack([torch.stack([*terms.values()]).float() for terms in steps]).mean(0)
+    if ranks > 1:
+        dist.all_reduce(mean)
+    return dict(zip(steps[0], (mean / ranks).tolist()))               # waits for the device
+
+
+# --- Energy-based model (EBM), trained on the same images ------------------------------------
+# The discriminator d is the EBM's network: f = d(x) is the negative energy. An objective is a step
+# function; add one here, in EBM_ADAM, in `fit_ebm` and to the choices of --ebm-objective.
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
 EBM_ROUND = 100                                     # iterations between two lines of the log
-EBM_CHAINS = 10000                                  # of cd, whose ends it keeps to go on from
+REPLAY_BUFFER = 10000                               # images in the replay buffer of cd
 
 
 def ebm_networks(args):
-    """{name: module or optimizer}, the names being the parameters of the objective's step.
+    """{name: module or optimizer}, named like the parameters of the objective's step function.
 
-    EBM_ADAM: the learning rates of D and G, and Adam's second beta, which bounds a step of a weight
-    at lr / sqrt(1 - beta_2). `ade` has its authors' 0.999, and spectral norm on f.
+    EBM_ADAM has the learning rates of the discriminator and the generator, and Adam's beta_2, which
+    bounds a weight's step at lr / sqrt(1 - beta_2). `ade` uses its authors' 0.999, and spectral
+    normalisation of the discriminator.
     """
-    (lr_d, lr_g, beta), ade = EBM_ADAM[args.ebm_objective], args.ebm_objective == "ade"
-    adam = partial(torch.optim.Adam, betas=(0.0, beta), fused=True, capturable=True)
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+    lr_d, lr_g, beta_2 = EBM_ADAM[args.ebm_objective]
+    ade, on_gpu = args.ebm_objective == "ade", args.device.startswith("cuda")
+    adam = partial(torch.optim.Adam, betas=(0.0, beta_2), fused=True, capturable=on_gpu)
     d = Discriminator(args.width)
     for layer in [*d.stages.modules(), d.linear] if ade else []:
         if hasattr(layer, "weight"):
@@ -1183,7 +1033,7 @@ def ebm_networks(args):
     state = {"d": d.to(args.device), "optimizer_d": adam(d.parameters(), lr_d)}
     if args.ebm_objective == "cd":
         replay = nn.Module()
-        replay.register_buffer("images", torch.rand(EBM_CHAINS, 3, 32, 32).half())
+        replay.register_buffer("images", torch.rand(REPLAY_BUFFER, 3, 32, 32).half())
         return {**state, "replay": replay.to(args.device)}
     g = (NoisyGenerator if ade else Generator)(args.width).to(args.device)
     return {**state, "g": g, "optimizer_g": adam(g.parameters(), lr_g)}
@@ -1191,7 +1041,7 @@ def ebm_networks(args):
 
 @contextmanager
 def spectral_weights(d):
-    """Within, d's weights are those that spectral norm makes of them now, once and in fp32."""
+    """Compute d's spectrally normalised weights once within the context, in fp32."""
     with parametrize.cached():
         with torch.autocast(d.linear.bias.device.type, enabled=False):
             for layer in d.modules():
@@ -1200,7 +1050,7 @@ def spectral_weights(d):
 
 
 def fix_spectral_norm(d):
-    """d, which keeps for good the weights that spectral norm makes of its own, if it has it."""
+    """Replace spectral normalisation, if d has it, by the weights that it yields; returns d."""
     for layer in d.eval().modules():                                # eval: no power iteration
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")
@@ -1208,7 +1058,7 @@ def fix_spectral_norm(d):
 
 
 def rotation_loss(d, x):
-    """Cross entropy of the quarter turn, a quarter of x turned in all four (arXiv:1811.11212)."""
+    """Rotation-prediction loss: a quarter of the batch x, in all four turns (arXiv:1811.11212)."""
     x = x[:max(1, len(x) // 4)]
     turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (B, 3, 32, 32)
     turns = torch.arange(4, device=x.device).repeat_interleave(len(x))
@@ -1216,11 +1066,11 @@ def rotation_loss(d, x):
 
 
 def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty_weight=5):
-    """One step of D on images x and samples x_s (B, 3, 32, 32); returns the meters.
+    """One step of the discriminator on images x and samples x_s (B, 3, 32, 32).
 
-    D descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2) +
-    rotation_weight times the rotation loss. The meter `clamped` is the share of grad f(x_s) that
-    `langevin` would clamp.
+    It descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2), the R1 and
+    R2 penalties, + rotation_weight times the rotation loss. Returns {name: scalar} to log;
+    `clamped` is the share of the entries of grad f(x_s) that `langevin` clamps.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)
@@ -1246,8 +1096,8 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty
 
 
 def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
-    """One step of G, which descends loss - f(x_s) + 0.2 rotation_weight times the rotation's."""
-    d.requires_grad_(False)                 # or autocast would take D's weights of before its step
+    """One step of the generator on loss - f(x_s) + 0.2 rotation_weight times the rotation loss."""
+    d.requires_grad_(False)                 # else autocast reuses d's weights of before its step
     with spectral_weights(d):
         loss = loss - d(x_s).float().mean()
         if rotation_weight:
@@ -1259,12 +1109,12 @@ def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
 
 
 def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
-    """One step of a logistic GAN on images x (B, 3, 32, 32), its samples refined by the sampler.
+    """One step of a logistic GAN with Langevin-refined samples, on images x (B, 3, 32, 32).
 
-    x_s: G(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five Langevin steps.
-    D descends softplus(-f(x)) + softplus(f(x_s)) + the terms of `discriminator_step`, gradient
-    penalties among them. G climbs f(x_s), its gradient passing straight through the steps, which
-    are additive. Returns the meters.
+    The samples x_s are g(z) and, for a quarter of the batch, mix_with_noise(x, 0.6), after five
+    Langevin steps. The discriminator descends softplus(-f(x)) + softplus(f(x_s)) and the penalties
+    of `discriminator_step`. The generator ascends f(x_s); its gradient skips the Langevin steps,
+    which only add to g(z). Returns what `discriminator_step` does.
     """
     b = len(x)
     x_g = g(torch.randn(b - b // 4, g.z_dim, device=x.device)).float()
@@ -1280,10 +1130,9 @@ def gan_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
 def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
     """One step of adversarial dynamics embedding (arXiv:1904.12083) on images x (B, 3, 32, 32).
 
-    x_s, p_T: the ends of `adversarial_dynamics` from G's x_0 and p_0 ~ N(0, (1e-4)^2).
-    D descends f(x_s) - f(x), under spectral norm. G and its eps descend
-    -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
-    Returns the meters.
+    `adversarial_dynamics` leads from the generator's x_0 and p_0 ~ N(0, (1e-4)^2) to x_s and p_T.
+    The discriminator, spectrally normalised, descends f(x_s) - f(x). The generator and its eps
+    descend -f(x_s) + 1e-5 |p_T|^2 + 1e-5 sum(-log sigma): energy, kinetic energy, entropy of x_0.
     """
     x_0, log_sigma = g.start(torch.randn(len(x), g.z_dim, device=x.device))        # (B, 3, 32, 32)
     with spectral_weights(d):
@@ -1299,9 +1148,9 @@ def ade_step(x, rotation_weight, d, optimizer_d, g, optimizer_g):
 def cd_step(x, rotation_weight, d, optimizer_d, replay):
     """One step of contrastive divergence as in IGEBM (arXiv:1903.08689) on images x (B, 3, 32, 32).
 
-    x_s: where chains of `replay` are after 15 more Langevin steps, 5 % of them begun at U(0, 1).
-    D descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 + the terms of `discriminator_step`, whose penalty
-    takes the place of IGEBM's spectral norm. Returns the meters.
+    The samples x_s are images of the replay buffer after 15 more Langevin steps; 5 % start anew at
+    U(0, 1). The discriminator descends f(x_s) - f(x) + f(x)^2 + f(x_s)^2 and the penalties of
+    `discriminator_step`, which take the place of IGEBM's spectral normalisation.
     """
     index = torch.randperm(len(replay.images), device=x.device)[:len(x)]           # distinct
     x_0 = replay.images[index].float()                                             # (B, 3, 32, 32)
@@ -1313,260 +1162,341 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
         rotation_weight, d, optimizer_d)
 
 
-def ebm_rounds(training, images, args):
-    """Train from where the checkpoint is to the end; returns its state, {"d": f, ...}.
+def fit_ebm(directory, config, images, args):
+    """Train an EBM, or resume its training in the directory; returns the dict of `ebm_networks`.
 
-    UserError where the means of a round, or the weights after it, are not of an energy.
+    UserError if the training diverges: f explodes, or a weight is not finite.
     """
     torch.manual_seed(seed_of(args.seed))
     state = ebm_networks(args)
     step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
     step = partial(step, rotation_weight=args.ebm_rotation, **state)
-    step = captured(autocast(args)(step), args)
+    step = graphed(autocast(args)(step), args)
 
-    for start, end in training.rounds("iteration", args.ebm_iters, EBM_ROUND, state):
+    progress = Progress(directory, config, "iteration", args.ebm_iters, state)
+    for start in range(progress.done, args.ebm_iters, EBM_ROUND):
         torch.manual_seed(seed_of(args.seed, start))
+        end, terms = min(start + EBM_ROUND, args.ebm_iters), []
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
-            training.log(**step(x))
-        row = training.means()
+            terms.append(step(x))
+        row = means(terms)
         finite = all(p.isfinite().all() for p in state["d"].parameters())
         if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {args.ebm}: f exploded before iteration {end}, f(real) "
-                            f"{row['f_real']:.3g}, penalty {row['penalty']:.3g}; {training.path} "
-                            "has its log; try another --seed in another --ebm")
-        training.keep(row, "f(real) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  clamped "
-                           "{clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
+            raise UserError(f"--ebm {args.ebm}: its training diverged before iteration {end}, f(x) "
+                            f"= {row['f_real']:.3g}; try another --seed with another --ebm")
+        progress.end_round(end, row, "f(x) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  "
+                           "clamped {clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
     fix_spectral_norm(state["d"])
     return state
 
 
-def standardise_features(d, images, args):
-    """Let each feature of d have mean 0 and variance 1 over images (N, 3, H, W), uint8, which are
-    always augmented alike."""
-    torch.manual_seed(seed_of(args.seed, args.ebm_iters))
+def standardise_features(d, images, args, view=augment):
+    """Scale d's features to mean 0 and variance 1 over a view of images (N, 3, H, W), uint8."""
+    torch.manual_seed(seed_of(args.seed, args.ebm_iters))            # always the same views
     with torch.no_grad(), autocast(args):
-        features = torch.cat([d.features(augment(x.to(args.device)), "all")
+        features = torch.cat([d.features(view(x.to(args.device)), "all")
                               for x in images.split(500)])
     std, mean = torch.std_mean(features, 0, correction=0)
     d.feature_mean = d.feature_mean + d.feature_std * mean
     d.feature_std = (d.feature_std * std).clamp_min(1e-6)
 
 
-def finish_ebm(path, training, images, args, d, g=None, replay=None, **optimizers):
-    """Write f, its features standardised, and a picture of images and of samples, before and after
-    15 Langevin steps."""
-    standardise_features(d, images, args)
-    x = images[:32].to(args.device) / 255                                          # (32, 3, 32, 32)
-    with torch.no_grad():
-        x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
-               else replay.images[:len(x)].float())
-    x_s = langevin(d, x_0, steps=15, **EBM_LANGEVIN)
-    save_image(torch.cat([x, x_0, x_s]), training.path / "samples.png", nrow=16)
-    save(path, config=training.config, d=d.state_dict(), **({"g": g.state_dict()} if g else {}))
-    (training.path / "checkpoint.pt").unlink(missing_ok=True)
+@torch.no_grad()
+def ebm_samples(images, d, g=None, replay=None, **optimizers):
+    """(96, 3, 32, 32): training images, samples, and these after 15 Langevin steps."""
+    x = images[:32] / 255
+    if g:
+        x_0 = g.eval()(torch.randn(len(x), g.z_dim, device=x.device))
+    else:
+        x_0 = replay.images[:len(x)].float()
+    return torch.cat([x, x_0, langevin(d, x_0, steps=15, **EBM_LANGEVIN)])
 
 
-def ebm_config(images, args, *more):
-    """What an EBM was trained on, and how: flags, `more` too, and a checksum of the images."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters", *more]
-    return {**{flag: getattr(args, flag) for flag in flags},
-            "version": VERSION, "images": checksum(images)}
+def ebm_config(images, args):
+    """The settings of an EBM that a run checks when it loads one; its seed may be another."""
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
+    return {**{flag: getattr(args, flag) for flag in flags}, "images": checksum(images)}
 
 
 def load_ebm(path, device, wanted={}):
-    """The discriminator f in the file `path`, of the config `wanted`, on `device`, frozen."""
-    with reading(path, wanted) as saved:
-        d = Discriminator(saved["config"]["width"])
-        d.load_state_dict(saved["d"])
-    return d.to(device).requires_grad_(False)
+    """The discriminator of the EBM in the file `path`, whose config has to be `wanted`, frozen."""
+    saved = load(Path(path), "config", "d")
+    check_config(path, saved["config"], wanted)
+    d = Discriminator(saved["config"]["width"])
+    load_weights(d, saved["d"], path, saved["config"])
+    return d.to(device).eval().requires_grad_(False)
+
+
+def make_ebm(path, config, images, args):
+    """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt."""
+    directory = path.with_suffix(".ebm")
+    config = claim(directory, config, __file__)
+    state = fit_ebm(directory, config, images, args)
+    standardise_features(state["d"], images, args)
+    save(directory / "samples.png", make_grid(ebm_samples(images, **state), nrow=16))
+    weights = {name: state[name].state_dict() for name in ("d", "g") if name in state}
+    save(path, {"config": config, **weights})
+    (directory / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def train_ebm(images, args):
-    """The frozen f of the EBM in the file args.ebm, trained first if there is none.
+    """The frozen discriminator of the EBM in the file args.ebm, X.pt, trained first if missing.
 
-    images: uint8 (N, 3, 32, 32); args: the flags. Writes f and the generator to args.ebm, X.pt, its
-    log, checkpoint and a picture of samples to the directory X.ebm. Resumes. Raises UserError where
-    f explodes, or was made of other images or with other flags.
+    images: uint8 (N, 3, 32, 32). The directory X.ebm has the log, the code, a checkpoint until the
+    end, and samples.png. UserError if the training diverges or X.pt has other settings.
     """
-    path = Path(args.ebm)
-    if not path.exists():
-        config = {**ebm_config(images, args, "seed", "precision", "data_dir", "device"),
-                  "computed_in": "bf16" if in_bf16(args) else "fp32"}
-        training = Training(path.with_suffix(".ebm"), config)
-        training.lock_directory(wait=True)
-        try:
-            if not path.exists():                         # else another process has just made it
-                state = ebm_rounds(training, images.to(args.device), args)
-                finish_ebm(path, training, images, args, **state)
-        finally:
-            training.lock.release()
-    return load_ebm(path, args.device, ebm_config(images, args))
+    path, args, config = Path(args.ebm), copy(args), ebm_config(images, args)
+    directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        show(f"{path}: waiting for another process that is training this EBM")
+        lock.acquire()
+    try:
+        if not path.exists():
+            more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
+            make_ebm(path, {**config, **more}, images.to(args.device), args)
+    finally:
+        lock.release()
+    made_by, code = load(path, "config")["config"].get("code"), code_checksum([Path(__file__)])
+    if made_by != code:
+        show(f"{path}: made by other code ({made_by}, see source-* in {directory}) than today's "
+             f"common.py ({code}); to train it anew, name another --ebm")
+    return load_ebm(path, args.device, config)
 
 
-# --- Run: a script's training and its results ------------------------------------------------
-# What the scripts' main calls, in that order.
+# --- Run: what a script's main calls, in this order ------------------------------------------
 
 
-def data_checksum(args):
-    """Of the images and labels that the test split's accuracies are of."""
-    return checksum(*(x for split in ("train", "test")
-                      for x in load_images(args.dataset, args.data_dir, split)))
+class Teacher(nn.Module):
+    """The frozen encoder of another run, with the interface of a discriminator."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.dims = encoder, dict.fromkeys(["last", "all"], encoder.dim)
+        self.register_buffer("feature_mean", torch.zeros(encoder.dim))
+        self.register_buffer("feature_std", torch.ones(encoder.dim))
+
+    def features(self, x, layers="last"):
+        return (self.encoder(x).float() - self.feature_mean) / self.feature_std    # (B, dim)
+
+
+def load_encoder(directory):
+    """The encoder of the run in a directory, on the CPU; its checkpoint; its config."""
+    config = load(directory / "config.json", "script", "width", "epochs", "seed")
+    saved, encoder = load(directory / "checkpoint.pt", "model", "done"), Encoder(config["width"])
+    weights = {name.removeprefix("encoder."): value for name, value in saved["model"].items()
+               if name.startswith("encoder.")}
+    load_weights(encoder, weights, directory / "checkpoint.pt", config)
+    return encoder, saved, config
+
+
+def teacher_kind(args):
+    """What --teacher is, whatever its path; its seed as a difference to the student's, where 0 is
+    the student's own initial weights."""
+    teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
+    kind, seed = f"{teacher['script']} of {teacher['epochs']} epochs", teacher["seed"] - args.seed
+    for flag, usual in dict(coeff=0, width=args.width, subset=args.subset).items():
+        kind += f", {flag} {teacher[flag]}" if teacher.get(flag, usual) != usual else ""
+    return kind + (f", seed {seed:+d}" if seed else "")
 
 
 def describe(result):
-    """Two lines of the accuracies (%) in an eval.json."""
-    return "\n".join(
-        f"{name:9} encoder: linear {row['linear']:.2f}  5-NN {row['knn5']:.2f}  cosine kNN "
-        f"{row['knn_cosine']:.2f}  ({result.get('split', 'test')} accuracy, %)"
-        for name, row in [("trained", result), ("untrained", result["untrained"])])
+    """The accuracies (%) in an eval.json as a line."""
+    texts = [f"{name} {value:.2f} % (untrained {result['untrained'][name]:.2f})" if value else
+             f"{name} -" for name, value in result.items() if name in result["untrained"]]
+    return f"{result.get('split', 'test')} accuracy: {', '.join(texts)}"
 
 
-class Run(Training):
+class Run:
     """A script's training on images (N, 3, H, W), uint8, and its results in eval.json.
 
-    It is known by its flags and by checksums of the images and of the EBM, not by a path.
-    `evaluate` is that of linear_eval.py.
+    `evaluate` is that of linear_eval.py, which imports this file. If the run is finished already,
+    its accuracies are shown and `finished` is true.
     """
 
     def __init__(self, args, images, evaluate):
-        super().__init__(args.run_dir, {**vars(args), "images": checksum(images),
-                                        "computed_in": "bf16" if in_bf16(args) else "fp32"})
-        same_on_all_ranks(**self.config)
-        self.args, self.evaluate, self.ranks = args, evaluate, world_size()
-        if (self.path / "eval.json").exists():
-            with reading(self.path / "eval.json") as result:
-                accuracies = describe(result)
-            if "f" in self.saved.keys() - self.config.keys() and Path(args.ebm).exists():
-                same_config(self.path, self.saved, {"f": checksum(load_ebm(args.ebm, "cpu"))})
-            known = "data" in result and has_test(args)
-            if (data_checksum(args) != result["data"] if known
-                    else args.data_dir != self.saved["data_dir"]):
-                raise UserError(f"{self.path}: finished; eval.json may be of other data. For this: "
-                                f"python linear_eval.py {self.path} --data-dir {args.data_dir}")
-            show(f"{self.path} is finished\n{accuracies}")
-            sys.exit()
-        if args.batch_size % world_size() or args.batch_size < 2 * world_size():
-            raise UserError(f"--batch-size {args.batch_size}: {world_size()} ranks cannot share it")
-        if rank() == 0 and has_test(args):
-            load_images(args.dataset, args.data_dir, "test")             # its mistakes show now
-        show(f"{self.path}: on {args.device} in {self.config['computed_in']}")
-
-    def total_steps(self, images):
-        """Optimiser steps of the whole run: each epoch drops what does not fill a batch."""
-        if len(images) < self.args.batch_size:
-            raise UserError(f"--batch-size {self.args.batch_size}: more than the {len(images)} "
-                            "training images; use a smaller one")
-        return self.args.epochs * (len(images) // self.args.batch_size)
-
-    def get_ebm(self, images):
-        """The frozen f of the run's EBM, which rank 0 trains first if there is none."""
-        if not Path(self.args.ebm).exists():
-            self.lock_directory()                                   # as soon as it can take long
+        self.args, self.evaluate, self.path, self.frozen = args, evaluate, Path(args.run_dir), None
+        ranks, size = world_size(), args.batch_size
+        if size % ranks or not 2 * ranks <= size <= len(images):
+            raise UserError(f"--batch-size {size}: has to be a multiple of the {ranks} processes, "
+                            f"at least 2 each, at most the {len(images)} training images")
+        unused = without_effect(args) | {"file"}
+        self.config = {flag: value for flag, value in vars(args).items() if flag not in unused}
+        self.config |= {"images": checksum(images), "data": data_checksum(args), "ranks": ranks}
+        if self.config.get("teacher"):
+            self.config["teacher"] = teacher_kind(args)
         if rank() == 0:
-            train_ebm(images, self.args)
-        barrier()
-        f = load_ebm(self.args.ebm, self.args.device)
-        self.config["f"] = checksum(f)
-        self.check_config()
-        return f
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock")
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(f"{self.path}: another process is using this run; name another "
+                                "--run-dir") from None
+            self.config = claim(self.path, self.config, args.file)
+        self.finished = (self.path / "eval.json").exists()
+        show(f"{self.path} is finished; {describe(load(self.path / 'eval.json', 'untrained'))}"
+             if self.finished else f"{self.path}: on {args.device} in {args.precision}")
 
-    def speed(self):
-        """Images a second, on all ranks, since the epoch began."""
-        return round(len(self.rows) * self.args.batch_size / max(self.seconds(), 1e-9), 1)
+    def freeze(self, network):
+        """`network` in eval mode and without gradients. Its weights, "f" in config.json, are part
+        of the run's identity, and have to stay the same."""
+        self.frozen, f = network.eval().requires_grad_(False), checksum(network)
+        check_config(self.path, self.config, {"f": f})
+        self.config["f"] = f
+        if rank() == 0:
+            save(self.path / "config.json", self.config)
+        return network
 
-    def stop_if_not_finite(self, row, model):
-        """Raise UserError where the epoch's means or the weights after it are not finite."""
-        if math.isfinite(sum(row.values())) and all(p.isfinite().all() for p in model.parameters()):
-            return
-        rows = [{name: value.item() for name, value in row.items()} for row in self.rows]
-        wrong = [i for i, terms in enumerate(rows) if not math.isfinite(sum(terms.values()))]
-        step = wrong[0] if wrong else len(rows) - 1
-        raise UserError(f"--lr {self.args.lr}: not finite at step {step + 1} of epoch "
-                        f"{self.done}, {rows[step]}; try a smaller one in another --run-dir")
+    def get_discriminator(self, images):
+        """The frozen discriminator of the EBM, trained first if missing, or the encoder of
+        --teacher; None if no flag needs one."""
+        args, sees_image = self.args, getattr(self.args, "disc_input", "") == "image"
+        view = (lambda x: x / 255) if sees_image else augment
+        if self.config.get("teacher"):
+            encoder, saved, config = load_encoder(Path(args.teacher))
+            if saved["done"] < config["epochs"]:
+                raise UserError(f"--teacher {args.teacher}: its training is not finished")
+            discriminator = Teacher(encoder).to(args.device).eval()
+        elif "ebm_iters" in without_effect(args):
+            return None
+        else:
+            if rank() == 0:
+                train_ebm(images, args)
+            barrier()
+            discriminator = load_ebm(args.ebm, args.device)
+        if sees_image or self.config.get("teacher"):
+            standardise_features(discriminator, images, args, view)
+        return self.freeze(discriminator)
 
     def epochs(self, **state):
-        """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule."""
-        args = self.args
-        for _, epoch in self.rounds("epoch", args.epochs, 1, state):
+        """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule.
+
+        The model's encoder is evaluated before its first step. UserError if a loss or a weight is
+        not finite, or if the frozen network changed.
+        """
+        args, self.model = self.args, state["model"]
+        progress = Progress(self.path, self.config, "epoch", args.epochs, state)
+        if len(progress.log) == 1:                        # not resumed
+            show("evaluating the untrained encoder", passing=True)
+            untrained = self.evaluate(self.model.encoder, args) if rank() == 0 else None
+            progress.log.append({"epoch": 0, **(untrained or {})})
+            progress.write()
+        self.untrained = progress.log[1]
+        for epoch in range(progress.done + 1, args.epochs + 1):
             torch.manual_seed(seed_of(args.seed, epoch, rank()))
+            self.steps, began = [], time.monotonic()
             lr = state["optimizer"].param_groups[0]["lr"]
             yield epoch
-            row = {**self.means(), "lr": lr, "images_per_s": self.speed()}
-            self.stop_if_not_finite(row, state["model"])
+            row = means(self.steps, world_size())
+            seconds = time.monotonic() - began
+            self.check_training(epoch, row)
+            speed = len(self.steps) * args.batch_size / seconds
+            row |= {"seconds": round(seconds, 3), "lr": lr, "images_per_s": round(speed, 1)}
             if rank() == 0 and args.eval_every and epoch % args.eval_every == 0:
-                result = self.evaluate(state["model"].encoder, args, metrics=["knn5"])
-                row |= {"knn5": result["knn5"]} if result else {}
-            self.keep(row, f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
-                           f"{row['images_per_s']:.0f} images/s")
+                row |= self.evaluate(self.model.encoder, args, metrics=["knn5"]) or {}
+            progress.end_round(epoch, row, f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
+                                           f"{speed:.0f} images/s")
+
+    def check_training(self, epoch, row):
+        """UserError if the epoch's means or the weights are not finite, or the frozen network is
+        not what it was."""
+        finite = all(p.isfinite().all() for p in self.model.parameters())
+        if not (finite and math.isfinite(sum(row.values()))):
+            raise UserError(f"--lr {self.args.lr}: the loss or a weight is not finite after epoch "
+                            f"{epoch}, {row}; try a smaller one with another --run-dir")
+        if self.frozen is not None and checksum(self.frozen) != self.config["f"]:
+            raise UserError("the network that was to stay frozen has changed: is it updated, or in "
+                            "training mode?")
 
     def batches(self, images, epoch):
-        """This rank's share of each batch of the epoch: (batch size / ranks, 3, H, W) uint8.
-
-        An epoch drops the images that do not fill a batch.
-        """
+        """Yield this rank's share, (batch size / ranks, 3, H, W), of each full batch of images."""
         size, shuffled = self.args.batch_size, torch.Generator()
         shuffled.manual_seed(seed_of(self.args.seed, epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
-        per_epoch, shown = len(images) // size, time.monotonic()
-        for i, batch in enumerate(order.split(size)[:per_epoch], 1):
+        per_epoch = len(images) // size
+        for step, batch in enumerate(order.split(size)[:per_epoch]):
+            show(f"epoch {epoch}: step {step}/{per_epoch}", passing=True)
             yield images[batch.chunk(world_size())[rank()]]
-            if sys.stdout.isatty() and time.monotonic() > shown + 1:
-                shown = time.monotonic()
-                show(f"epoch {epoch}: step {i}/{per_epoch}  loss {self.rows[-1]['loss']:.4f}  "
-                     f"{self.speed():.0f} images/s", passing=True)
+
+    def log(self, **terms):
+        """Keep a step's scalar tensors; the log has their means over an epoch."""
+        if not self.steps:
+            unused = [name for name, p in self.model.named_parameters()
+                      if p.requires_grad and p.grad is None]
+            if unused and world_size() > 1:
+                raise UserError(f"without gradient, which several processes cannot train: {unused}")
+            if unused:
+                show(f"note: without gradient, so never trained: {', '.join(unused)}")
+        self.steps.append({name: value.detach() for name, value in terms.items()})
 
     def save_chain(self, f, x):
-        """Keep the chains of images x (B, 3, H, W), uint8, as langevin.png and chain.json."""
-        self.lock_directory()
-        if rank() > 0 or (self.path / "chain.json").exists():
-            return
-        write_json(self.path / "config.json", self.config)
-        torch.manual_seed(self.args.seed)
-        with autocast(self.args):
-            picture, numbers = watch_chain(f, x, **chain_flags(self.args))
-        write_whole(self.path / "langevin.png",
-                    partial(save_image, picture, nrow=len(x), format="png"))
-        write_json(self.path / "chain.json", numbers)
-        values, psnr = numbers["f"], numbers["psnr"]
-        show(f"Langevin from I_0 to I_{self.args.steps}: f {values[0]:.2f} to {values[-1]:.2f} "
-             f"(of x {numbers['f_of_x']:.2f}), PSNR to x {psnr[0]:.1f} to {psnr[-1]:.1f} dB")
+        """Save the chains of images x (B, 3, H, W), uint8, as langevin.png and chain.json.
 
-    def chain_ends(self, f, images):
-        """The end of a chain from each of images (N, 3, H, W), uint8; made once, generated.pt."""
+        The picture has the rows x, I_0, I_5, I_10, ..., I_steps. The numbers are, for each I, the
+        mean PSNR to x (dB) and the mean of f.
+        """
+        args, x = self.args, x / 255
+        if "alpha" in without_effect(args):               # there is no chain
+            return
+        marks = [*range(0, args.steps, 5), args.steps]
+        torch.manual_seed(args.seed)
+        with autocast(args):
+            rows = [mix_with_noise(x, args.alpha)]
+            for done, mark in zip(marks, marks[1:]):
+                rows.append(run_chain(f, rows[-1], mark - done, args))
+            f_of_x, *values = [f(image).float().mean().item() if f else None
+                               for image in [x, *rows]]
+        errors = [(image - x).square().mean((1, 2, 3)).clamp_min(1e-10) for image in rows]
+        psnr = [-10 * error.log10().mean().item() for error in errors]
+        if rank() == 0:
+            save(self.path / "langevin.png", make_grid(torch.cat([x, *rows]), nrow=len(x)))
+            save(self.path / "chain.json",
+                 {"steps": marks, "psnr": psnr, "f": values, "f_of_x": f_of_x})
+        show(f"Langevin dynamics, {args.steps} steps: PSNR {psnr[0]:.1f} -> {psnr[-1]:.1f} dB"
+             + (f", f {values[0]:.2f} -> {values[-1]:.2f} (images {f_of_x:.2f})" if f else ""))
+
+    def generate_images(self, f, images):
+        """Final samples of the chains from images (N, 3, H, W), uint8; kept in generated.pt."""
         path = self.path / "generated.pt"
         if rank() == 0 and not path.exists():
             torch.manual_seed(self.args.seed)
-            made, parts = [], images.split(500)
-            for i, x in enumerate(parts, 1):
+            samples, parts = [], images.split(500)
+            for x in parts:
+                show(f"generating images: {len(samples)}/{len(parts)}", passing=True)
                 with autocast(self.args):
-                    image = chain_end(f, x, **chain_flags(self.args))
-                made.append((image * 255).round().byte().cpu())
-                show(f"generating images: {i}/{len(parts)}", passing=i < len(parts))
-            save(path, config=self.config, images=torch.cat(made))
+                    image = langevin_view(f, x, self.args)
+                samples.append((image * 255).round().byte().cpu())
+            save(path, {"images": torch.cat(samples)})
         barrier()
-        with reading(path, self.config) as saved:
-            return saved["images"].to(images.device)
+        return load(path, "images")["images"].to(images.device)
 
     def finish(self, encoder):
-        """Show the encoder's accuracies beside an untrained one's, and keep them in eval.json."""
-        show("evaluating the encoder, and an untrained one", passing=True)
-        if rank() == 0 and (result := self.evaluate(encoder, self.args, untrained=True)):
+        """Evaluate the trained encoder, and save its accuracies and the untrained one's."""
+        show("evaluating the encoder", passing=True)
+        result = self.evaluate(encoder, self.args) if rank() == 0 else None
+        if result:
+            result["untrained"] = {metric: self.untrained[metric] for metric in self.untrained
+                                   if metric in ("linear", "knn5", "knn_cosine")}
             show(describe(result))
-            write_json(self.path / "eval.json", result)
+            save(self.path / "eval.json", result)
         barrier()
+        if rank() == 0:
+            self.lock.release()
 
 
 def main():
-    args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", training=False))
+    args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", __file__, False))
     if Path(args.ebm).exists():
-        raise UserError(f"--ebm {args.ebm}: exists already; remove it or name another file")
-    images = training_images(args)
-    same_on_all_ranks(**ebm_config(images, args))
+        raise UserError(f"--ebm {args.ebm}: exists already; delete it or name another file")
     if rank() == 0:
-        train_ebm(images, args)
+        train_ebm(training_images(args), args)
     barrier()
-    show(f"{args.ebm}: made; python linear_eval.py --untrained {args.ebm} says what it is worth")
+    show(f"{args.ebm} is trained; evaluate it by python linear_eval.py --untrained {args.ebm}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Linear and kNN accuracy of frozen features, for one or many runs, as one markdown table.
+"""Linear-probe and kNN accuracy of frozen features, of one or many runs, as a markdown table.
 
-    python linear_eval.py runs/*                   # every run, finished or not; every EBM's D
-    python linear_eval.py runs/* --untrained       # and the floor, an untrained encoder or D
-    python linear_eval.py runs/* --keep FILE.jsonl # the rows with their logs in one file, ...
-    python linear_eval.py FILE.jsonl               # ... which it reads as it does runs
+    python linear_eval.py runs/*                    # every run, finished or not, and every EBM
+    python linear_eval.py runs/* --untrained        # with the accuracy before training
+    python linear_eval.py RUN --dataset cifar100    # its encoder on other labelled images
+    python linear_eval.py FILE.jsonl                # results of other runs, kept in a file
 
-The protocol is the base code's: features once, in evaluation mode, of the last epoch's encoder; the
-probe learns from the labels of all training images, whatever --subset. Runs that differ in their
-seed, and its EBM, alone share a row: mean, standard deviation and number of runs, a seed once.
-Differences to the first row's, paired by seed, follow. Their standard error is pooled over the rows
-of as many epochs, as runs that differ in those alone share too much; over all rows, if those are too
-few. What an eval.json has of other images and labels than those at hand is computed again.
+The protocol is that of the reference implementation: the features of the last epoch's encoder are
+computed once, in evaluation mode; the probe learns from all labelled training images, whatever
+--subset. Runs that differ only in their seed, and its EBM, share a row: mean and standard deviation
+over seeds. Below it stands the difference to the first row, paired by seed. Its standard error is
+pooled over the rows with as many epochs as the first row, since runs that differ only in epochs are
+too alike. EBMs have a table of their own.
 """
 import argparse
 import json
@@ -25,51 +25,55 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, Encoder, Parser, UserError, append, autocast, captured, checksum,
-                    data_checksum, describe, ebm_networks, fix_spectral_norm, has_test, launch,
-                    load_ebm, load_images, naming, prepare_device, reading, same_config, seed_of,
-                    show, standardise_features, training_images, world_size)
+from common import (NOT_IDENTITY, UserError, autocast, code_checksum, data_checksum, ebm_networks,
+                    fix_spectral_norm, has_test, launch, load, load_ebm, load_encoder, load_images,
+                    prepare_device, seed_of, show, standardise_features, training_images,
+                    without_effect)
 
-# --- Frozen features and what can be read from them ------------------------------------------
+# --- Frozen features and their accuracy ------------------------------------------------------
 
 
 @torch.no_grad()
 def extract_features(encoder, images, encode=None):
     """Features (N, C) in fp32, on the encoder's device, of images (N, 3, H, W), uint8 or in [0, 1].
 
-    The encoder is in evaluation mode meanwhile. `encode` is called in its place, if given.
+    Every module is in evaluation mode meanwhile, and then in its own mode again. `encode` is called
+    in place of the encoder, if given.
     """
-    was_training, device = encoder.training, next(encoder.parameters()).device
+    modes, device = {m: m.training for m in encoder.modules()}, next(encoder.parameters()).device
+    scale = 255 if images.dtype == torch.uint8 else 1
     encoder.eval()
-    encode, white = encode or encoder, 255 if images.dtype == torch.uint8 else 1
-    features = [encode(x.to(device) / white).float() for x in images.split(500)]
-    encoder.train(was_training)
+    try:
+        features = [(encode or encoder)(x.to(device) / scale).float() for x in images.split(500)]
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return torch.cat(features)
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=None):
-    """Accuracy (%) of k nearest neighbours, features (N, C), labels (N,).
+    """Accuracy (%) of k nearest neighbours, with features (N, C) and labels (N,).
 
-    By Euclidean distance and majority (the base code's); with a temperature by cosine similarity s,
-    votes weighted exp(s / temperature) (arXiv:1805.01978).
+    By Euclidean distance and majority (as in the reference implementation); with a temperature, by
+    cosine similarity s, with votes weighted by exp(s / temperature) (arXiv:1805.01978). That is
+    None if k is over a tenth of the training images, as the most frequent class would win.
     """
+    if temperature and k > len(train_x) / 10:
+        return None
     k, classes, correct = min(k, len(train_x)), int(train_y.max()) + 1, []
     if temperature:
         train_x, test_x = F.normalize(train_x), F.normalize(test_x)
     for x, y in zip(test_x.split(500), test_y.split(500)):
-        near = x @ train_x.T if temperature else -torch.cdist(x, train_x)
-        near, index = near.topk(k)                                                 # (500, k)
-        weight = (near / temperature).exp() if temperature else torch.ones_like(near)
+        similarity = x @ train_x.T if temperature else -torch.cdist(x, train_x)
+        similarity, index = similarity.topk(k)                                     # (500, k)
+        weight = (similarity / temperature).exp() if temperature else torch.ones_like(similarity)
         votes = weight.new_zeros(len(x), classes).scatter_add(1, train_y[index], weight)
         correct.append(votes.argmax(1) == y)
     return 100 * torch.cat(correct).sum().item() / len(test_x)
 
 
-def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500, eager=False):
-    """Accuracy (%) of a linear classifier, the base code's: Adam, batches of 1000, last epoch.
-
-    On a GPU whole batches are replayed as a CUDA graph, unless `eager`.
-    """
+def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500):
+    """Accuracy (%) of a linear classifier after its last epoch: Adam, batches of 1000."""
     classifier = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
@@ -77,16 +81,11 @@ def linear_accuracy(train_x, train_y, test_x, test_y, epochs=500, eager=False):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-6 / 1e-2) ** (1 / epochs))
     shuffled = torch.Generator().manual_seed(0)
 
-    def forward_backward(index):
-        optimizer.zero_grad(set_to_none=False)            # the last batch has the graph's gradients
-        F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
-        return {}
-
-    step = captured(forward_backward, argparse.Namespace(device=train_x.device, eager=eager))
     for _ in range(epochs):
         order = torch.randperm(len(train_x), generator=shuffled).to(train_x.device)
         for index in order.split(1000):
-            (step if len(index) == 1000 else forward_backward)(index)
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(train_x[index]), train_y[index]).backward()
             optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -98,28 +97,25 @@ METRICS = {"linear": linear_accuracy, "knn5": partial(knn_accuracy, k=5),
 
 
 def labelled_images(args, split):
-    """(images, labels) to learn from, and to be tested on: the test split's or, with "val", a tenth
-    of the training images, held out. None, with a printed line, without test images, or where there
-    is but one class, which any encoder tells."""
-    train = load_images(args.dataset, args.data_dir, "train")
-    if not train[1].any():
-        show(f"not evaluated: --data-dir {args.data_dir} has one class alone")
+    """(images, labels) to learn from and to test on; None, with a printed line, without test
+    images or with only one class. "val" tests on a tenth of the training images, held out."""
+    images, labels = load_images(args.dataset, args.data_dir, "train")
+    if not labels.any() or (split == "test" and not has_test(args)):
+        show(f"not evaluated: {args.data_dir} has "
+             + ("no test images" if labels.any() else "only one class"))
         return None
-    if split == "val":
-        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1))
-        held_out, kept = order.tensor_split([max(1, len(order) // 10)])
-        return [x[kept] for x in train], [x[held_out] for x in train]
-    if has_test(args):
-        return train, load_images(args.dataset, args.data_dir, "test")
-    return show(f"not evaluated: --data-dir {args.data_dir} has no test/<class>/*")
+    if split == "test":
+        return (images, labels), load_images(args.dataset, args.data_dir, "test")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    held_out, kept = order.tensor_split([max(1, len(order) // 10)])
+    return (images[kept], labels[kept]), (images[held_out], labels[held_out])
 
 
-def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untrained=False):
-    """Accuracies (%) {metric: value} of the encoder's frozen features, their split, and "data", a
-    checksum of the images and labels; None where there is nothing to tell.
+def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
+    """Accuracies (%) {metric: value or None} of the encoder's frozen features.
 
-    Probe and kNN have the labels of all training images, whatever --subset. `untrained`: with an
-    untrained encoder's accuracies, as in eval.json.
+    With them come the split, and checksums of the labelled data and of this file's code. Returns
+    None if there is nothing to evaluate.
     """
     parts, data = labelled_images(args, split), []
     if parts is None:
@@ -127,273 +123,233 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test", untraine
     for images, labels in parts:
         with autocast(args):
             data += [extract_features(encoder, images, encode), labels.to(args.device)]
-    options = {"linear": {"eager": args.eager}}
-    result = {metric: METRICS[metric](*data, **options.get(metric, {})) for metric in metrics}
-    result |= {"split": split, "data": checksum(*parts[0], *parts[1])}
-    if untrained:
-        torch.manual_seed(args.seed)
-        floor = evaluate(type(encoder)(args.width).to(args.device), args, split=split)
-        result["untrained"] = {metric: floor[metric] for metric in METRICS}
-    return result
+    result = {metric: METRICS[metric](*data) for metric in metrics}
+    return {**result, "split": split, "data": data_checksum(args),
+            "evaluation": code_checksum([Path(__file__)])}
 
 
-# --- One table over runs and EBMs ------------------------------------------------------------
+# --- A table of runs, and one of EBMs --------------------------------------------------------
+
+
+def make_args(config, flags):
+    """The flags of a run or an EBM, evaluated on this machine and on the data that flags name."""
+    return argparse.Namespace(**{**config, "device": flags.device,
+                                 "dataset": flags.dataset or config["dataset"],
+                                 "data_dir": flags.data_dir or config["data_dir"]})
 
 
 def evaluate_run(path, flags):
-    """[(config, accuracies)] of a run: from its eval.json where `answers` says so, else computed.
-
-    The config says where the run is, how far, and what --precision came to, if that is known.
-    """
-    with reading(path / "config.json") as config:
-        args, epochs = settings(config, flags), config["epochs"]
-        shown = {**config, "run_dir": str(path),
-                 "precision": config.get("computed_in") or config["precision"]}
-    if (path / "eval.json").exists() and flags.split == "test":
-        with reading(path / "eval.json") as result:
-            describe(result)
-        if answers(path, result, args, flags.data_dir):
-            return [(shown, result)]
-    if not (path / "checkpoint.pt").exists():
-        raise UserError(f"{path}: no checkpoint.pt, and no eval.json known to be of --data-dir "
-                        f"{args.data_dir}, --split {flags.split}; name what it is of")
-    same_images(path, config, args)
-    with reading(path / "checkpoint.pt") as saved:
-        show(f"evaluating {path}, epoch {saved['done']}", passing=True)
-        encoder = load_encoder(saved["model"], args.width)
-        if saved["done"] < epochs:
-            shown["epochs"] = f"{saved['done']} of {epochs}"
-    return [(shown, evaluate(encoder.to(args.device), args, split=flags.split, untrained=True))]
+    """[(config, accuracies)] of a run: those in its eval.json, or those of its last checkpoint."""
+    config = {**load(path / "config.json", "script", "epochs", "seed"), "run_dir": str(path)}
+    own_data = not (flags.data_dir or flags.dataset)
+    if own_data and flags.split == "test" and (path / "eval.json").exists():
+        return [(config, load(path / "eval.json", *METRICS))]
+    args, (encoder, saved, _) = make_args(config, flags), load_encoder(path)
+    show(f"evaluating {path}, epoch {saved['done']}", passing=True)
+    if saved["done"] < config["epochs"]:
+        config["epochs"] = f"{saved['done']} of {config['epochs']}"
+    result = evaluate(encoder.to(args.device), args, split=flags.split)
+    if result and own_data and flags.split == "test":
+        result["untrained"] = saved["log"][1]
+    return [(config | measured_on(args, flags), result)]
 
 
-def load_encoder(model, width):
-    """The encoder of a method's state dict."""
-    encoder = Encoder(width)
-    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in model.items()
-                             if name.startswith("encoder.")})
-    return encoder
-
-
-def answers(path, result, args, named):
-    """Whether the accuracies of a run's eval.json are of the data that args name; where that cannot
-    be known, whether no data was `named` by the user."""
-    gone = not named and not Path(args.data_dir).is_dir()
-    if gone or "data" not in result or not has_test(args):
-        return not named
-    try:
-        return data_checksum(args) == result["data"]
-    except UserError as error:
-        if named:
-            raise
-        show(f"{path}: as in its eval.json, not compared with the data ({error})")
-        return True
+def measured_on(args, flags):
+    """The data that a row was measured on, for its label, if they are not the run's own."""
+    if not (flags.data_dir or flags.dataset):
+        return {}
+    return {"measured_on": args.data_dir if args.dataset == "folder" else args.dataset}
 
 
 def evaluate_ebm(path, flags):
-    """Yield config and accuracies of an EBM's discriminator, for its last stage and for all."""
-    with reading(path) as saved:
-        config = {**saved["config"], "script": "ebm", "run_dir": str(path)}
-        args = settings(config, flags)
-    images = same_images(path, config, args)
-    networks = {args.ebm_iters: load_ebm(path, flags.device)}
+    """[(config, accuracies)] of an EBM's discriminator, for its last stage and for all stages; with
+    --untrained, of an untrained one too."""
+    config = {**load(path, "config")["config"], "script": "ebm", "run_dir": str(path)}
+    args, rows = make_args(config, flags), []
+    networks = {args.ebm_iters: load_ebm(path, args.device)}
     if flags.untrained and args.ebm_iters:
-        args.ebm_iters = 0
         torch.manual_seed(seed_of(args.seed))
         networks[0] = fix_spectral_norm(ebm_networks(args)["d"])
+        args.ebm_iters = 0
+        images = training_images(argparse.Namespace(**{**config, "data_dir": args.data_dir}))
         standardise_features(networks[0], images, args)
     for iters, network in networks.items():
         for layers in ["last", "all"]:
             show(f"evaluating {path}, {iters} iterations, {layers}", passing=True)
             encode = partial(network.features, layers=layers)
-            yield ({**config, "ebm_iters": iters, "layers": layers},
-                   evaluate(network, args, encode, split=flags.split))
+            result = evaluate(network, args, encode, split=flags.split)
+            made = {**config, "ebm_iters": iters, "layers": layers, **measured_on(args, flags)}
+            rows.append((made, result))
+    return rows
 
 
-def settings(config, flags):
-    """The flags of a run or an EBM, evaluated here."""
-    return argparse.Namespace(**{**config, "device": flags.device, "eager": flags.eager,
-                                 "data_dir": flags.data_dir or config["data_dir"]})
+def read_rows(path):
+    """[(config, accuracies)] of a results file: a JSON object with both on each line."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(row["config"], row["result"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a results file ({error})") from error
 
 
-def same_images(path, config, args):
-    """The training images, if they are still those of the run or the EBM at `path`."""
-    images = training_images(args)
-    same_config(path, config, {"images": checksum(images)})
-    return images
+HIDDEN = NOT_IDENTITY | {"script", "seed", "f", "version", "eager", "compile", "computed_in"}
 
 
-def kept_rows(path):
-    """[(config, accuracies)] of a file that --keep wrote."""
-    with naming(path, "not a file that --keep wrote", "name another"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(line["config"], line["result"]) for line in lines if line["result"]]
+def row_labels(rows, any_code=False):
+    """A label for each of [(config, accuracies)], made of the flags that differ; the other flags.
 
-
-def keep(path, rows):
-    """Add the rows to a file, one a line, each with the log of its run or EBM."""
+    A flag that a config lacks counts as its default. Flags without effect are left out, code and
+    data are not.
+    """
+    defaults, codes, configs = {}, {}, []
+    for config, _ in rows:
+        defaults[config["script"]] = {**defaults.get(config["script"], {}),
+                                      **config.get("defaults", {})}
+        codes.setdefault(config["script"], set()).add(config.get("code"))
     for config, result in rows:
-        made = Path(config["run_dir"])
-        log = (made.with_suffix(".ebm") if made.suffix == ".pt" else made) / "log.jsonl"
-        log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        append(path, {"config": config, "result": result, "log": log})
-
-
-UNSHOWN = NOT_IDENTITY | {"script", "seed", "f", "version"}             # a seed has an EBM, f
-
-
-def labels(rows):
-    """A label for each of [(config, accuracies)], of flags that not all share, and the others."""
-    configs = [{**config, "data": result.get("data", "unknown")} for config, result in rows]
+        unused = HIDDEN | without_effect(argparse.Namespace(**config))
+        shown = {**defaults[config["script"]], **config}
+        shown = {flag: value for flag, value in shown.items() if flag not in unused}
+        shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
+        if len(codes[config["script"]]) > 1 and not any_code:
+            shown["code"] = config.get("code", "unknown")
+        configs.append(shown)
     flags = {flag: value for config in configs for flag, value in config.items()}
     shared = {flag: value for flag, value in flags.items()
               if all(config.get(flag, value) == value for config in configs)}
-    return [" ".join([config["script"], *(f"{flag}={value}" for flag, value in config.items()
-                                          if flag not in shared.keys() | UNSHOWN)])
-            for config in configs], shared
+    return [" ".join([config["script"], *(f"{flag}={value}" for flag, value in shown.items()
+                                          if flag not in shared)])
+            for (config, _), shown in zip(rows, configs)], shared
 
 
-def once(rows):
-    """The rows, each seed of a label once, and a line on each that had another result."""
-    kept, problems = {}, []
-    for label, (config, result) in zip(labels(rows)[0], rows):
-        first, same = kept.setdefault((label, config.get("seed")), (config, result))
-        both = f"{first.get('run_dir')} and {config.get('run_dir')}"
-        if any(result[metric] != same[metric] for metric in METRICS):
-            problems.append(f"{both}: two results of one seed, the first counts; name one")
-        elif result is not same:
-            show(f"{both}: the same run, counted once")
-    return list(kept.values()), problems
+def by_seed(rows, names):
+    """{label: {seed: accuracies}}; of two runs with the same label and seed, the first counts."""
+    groups = {}
+    for name, (config, result) in zip(names, rows):
+        seeds = groups.setdefault(name, {})
+        if config["seed"] in seeds:
+            show(f"{config['run_dir']}: left out, as another run has its settings and seed")
+        seeds.setdefault(config["seed"], result)
+    return groups
 
 
 def pooled(groups, metric):
-    """Standard deviation of the results {label: {seed: accuracies}} about a sum of an effect of the
-    row and one of the seed, fitted by least squares; and its degrees of freedom."""
-    places = [(label, seed) for label, seeds in groups.items() for seed in seeds]
+    """Residual standard deviation, and its degrees of freedom, of the results {label: {seed:
+    accuracies}} in a model with an effect of the row and one of the seed, by least squares."""
+    places = [(label, seed) for label, seeds in groups.items() for seed in seeds
+              if seeds[seed][metric] is not None]
     values = np.array([groups[label][seed][metric] for label, seed in places])
     effects = sorted({effect for place in places for effect in place}, key=str)
     design = np.array([[effect in place for effect in effects] for place in places], float)
+    if not len(values):
+        return 0.0, 0
     fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(values) - rank
     return (np.square(values - design @ fitted).sum() / max(freedom, 1)) ** 0.5, int(freedom)
 
 
 def studentized_range(rows, freedom):
-    """Its 95 % quantile, for so many rows (Tukey's, by simulation, good to 1 %)."""
+    """95 % quantile of Tukey's studentized range, by simulation, accurate to 1 %."""
     g = torch.Generator().manual_seed(0)
     x, scale = torch.randn(100000, rows, generator=g), torch.randn(100000, freedom, generator=g)
     return ((x.amax(1) - x.amin(1)) / scale.square().mean(1).sqrt()).quantile(0.95).item()
 
 
-def comparable(rows):
-    """{label: {seed: accuracies}} of the rows whose difference to the first means something: on the
-    same data, runs or EBMs as it is; and of those among them over which an error is pooled."""
-    block, alike, (first, result) = {}, {}, rows[0]
-    kind, epochs = (first["script"] == "ebm", result.get("data")), first.get("epochs")
-    for label, (config, result) in zip(labels(rows)[0], rows):
-        if (config["script"] == "ebm", result.get("data")) == kind:
-            seeds = block.setdefault(label, {})
-            seeds.setdefault(config.get("seed"), result)
-            if config.get("epochs") == epochs:
-                alike[label] = seeds
-    return block, alike if pooled(alike, "linear")[1] > 1 else block
-
-
-def table(rows, untrained, split):
-    """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one of its
-    differences, paired by seed, to the first setting, with their pooled error, where it is known.
-    """
-    groups, (names, shared), (block, alike) = {}, labels(rows), comparable(rows)
-    for label, (config, result) in zip(names, rows):
-        groups.setdefault(label, {})[config.get("seed")] = result
-    first = next(iter(groups.values()))
-    deviation = {metric: pooled(alike, metric) for metric in METRICS}
-    freedom = deviation["linear"][1] if deviation["linear"][1] > 1 else 0      # from 1 none is told
-    least = studentized_range(len(block), freedom) if freedom else math.inf
+def table(rows, untrained, split, any_code=False):
+    """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one for its
+    difference to the first setting, paired by seed, with the pooled standard error."""
+    names, shared = row_labels(rows, any_code)
+    groups = by_seed(rows, names)
+    first, epochs, data = groups[names[0]], rows[0][0].get("epochs"), rows[0][1].get("data")
+    alike = {name: groups[name] for name, (config, result) in zip(names, rows)
+             if config.get("epochs") == epochs and result.get("data") == data}
+    comparable = {name for name, (_, result) in zip(names, rows) if result.get("data") == data}
+    error = {metric: pooled(alike, metric) for metric in METRICS}
+    freedom = error["linear"][1]
+    critical = studentized_range(len(comparable), freedom) if freedom > 1 else math.inf
 
     def line(label, results):
-        values = [[result[metric] for result in results] for metric in METRICS]
-        cells = [f"{mean(x):.2f}" + (f" ± {stdev(x):.2f}" if len(x) > 1 else "") for x in values]
+        cells = []
+        for metric in METRICS:
+            values = [result[metric] for result in results]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 and None not in values else ""
+            cells.append("-" if None in values else f"{mean(values):.2f}{spread}")
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
-    def differences(seeds):
-        paired, cells = [seed for seed in seeds if seed in first], []
-        for metric, (sd, _) in deviation.items():
-            value = mean(seeds[seed][metric] - first[seed][metric] for seed in paired)
-            beyond = "*" if abs(value) > least * sd / len(paired) ** 0.5 else ""
-            cells.append(f"{value:+.2f} ± {sd * (2 / len(paired)) ** 0.5:.2f}{beyond}")
-        return "| " + " | ".join(["less the first", *cells, str(len(paired))]) + " |"
+    def difference(seeds):
+        paired, cells = seeds.keys() & first.keys(), []
+        for metric, (sd, _) in error.items():
+            pairs = [(seeds[seed][metric], first[seed][metric]) for seed in paired]
+            if any(None in pair for pair in pairs):
+                cells.append("-")
+                continue
+            value = mean(a - b for a, b in pairs)
+            star = "*" if abs(value) > critical * sd / len(paired) ** 0.5 else ""
+            cells.append(f"{value:+.2f} ± {sd * (2 / len(paired)) ** 0.5:.2f}{star}")
+        return "| " + " | ".join(["difference to the first row", *cells, str(len(paired))]) + " |"
 
-    lines = ["| run | linear | 5-NN | cosine kNN | n |", "|---|---|---|---|---|"]
+    def these(labels):
+        others = [label for label in groups if label not in labels]
+        return f"{len(labels)} settings" + (f" (without {'; '.join(others)})" if others else "")
+
+    lines = ["| run | linear | 5-NN | cosine kNN | seeds |", "|---|---|---|---|---|"]
     for label, seeds in groups.items():
-        lines.append(line(label, seeds.values()))
-        if freedom and label in block and seeds is not first and seeds.keys() & first.keys():
-            lines.append(differences(seeds))
-        if untrained and "untrained" in next(iter(seeds.values())):
+        lines.append(line(label, list(seeds.values())))
+        has_difference = label in comparable and seeds is not first and seeds.keys() & first.keys()
+        if freedom > 1 and has_difference:
+            lines.append(difference(seeds))
+        if untrained and all("untrained" in result for result in seeds.values()):
             lines.append(line(f"{label}, untrained encoder",
                               [result["untrained"] for result in seeds.values()]))
     lines += ["", f"Accuracy in %, {split} split. Flags in common: " + ", ".join(
-        f"{flag}={value}" for flag, value in shared.items()
-        if flag == "script" or flag not in UNSHOWN | {"images", "data"}
-        and all(flag in config for config, _ in rows))]
-    if freedom:
-        told = ", ".join(f"{least * sd / 3 ** 0.5:.2f}" for sd, _ in deviation.values())
-        lines.append(f"Standard errors pooled over {len(alike)} rows and their seeds, {freedom} "
-                     "degrees of freedom. * told apart in its column with all pairs of "
-                     f"{len(block)} rows in view (95 %), at three shared seeds from {told} on.")
+        f"{flag}={value}" for flag, value in shared.items() if flag not in ("images", "data"))]
+    if any(result["knn_cosine"] is None for _, result in rows):
+        lines.append("cosine kNN is -: its 200 neighbours are over a tenth of the training images.")
+    if freedom > 1:
+        lines.append(f"± of a difference: pooled over {these(alike)} and their seeds, {freedom} "
+                     "degrees of freedom. * significant at 95 %, corrected for all pairs of "
+                     f"{these(comparable)} (Tukey's HSD).")
+    elif len(groups) > 1:
+        lines.append(f"No differences: their error would have {freedom} degrees of freedom, and "
+                     "needs 2. Add a seed, or a setting with as many epochs.")
     return "\n".join(lines)
 
 
-def as_path(text):
-    return Path(os.path.expanduser(text))                 # the shell leaves --keep=~/rows.jsonl
-
-
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="+", type=as_path, help="run directories, EBMs, files that --keep wrote")
-    add("--keep", type=as_path, help="a file FILE.jsonl for the rows and their logs")
+    add("paths", nargs="+", type=Path, help="run directories, EBMs (.pt), results files (.jsonl)")
     add("--split", choices=["test", "val"], default="test",
-        help="val: a tenth of the training images, held out from the probe, for choosing flags")
-    add("--untrained", action="store_true", help="a line for the untrained encoder of a run too")
+        help="val = a tenth of the training images, held out from the probe, to choose flags by")
+    add("--untrained", action="store_true", help="report the untrained encoder, too")
+    add("--dataset", choices=["cifar10", "cifar100", "folder", "synthetic"],
+        help="evaluate on this labelled data set, in place of the run's own")
     add("--data-dir", type=os.path.expanduser,
-        help="where the images are now; None: where they were, if not gone")
+        help="directory of the labelled data, to evaluate anew on what is there")
+    add("--any-code", action="store_true", help="let runs of different code share a row")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--eager", action="store_true", help="launch each operation of the probe's step by itself")
     args = parser.parse_args()
     prepare_device(args)
-    if world_size() > 1:
-        raise UserError("linear_eval.py: computes on one device; start it without torchrun")
-    if missing := [path for path in args.paths if not path.exists() and path.suffix != ".new"]:
-        raise UserError(f"{missing[0]}: there is no such file; name runs, EBMs or .jsonl files")
-    if args.keep and args.keep.suffix != ".jsonl":
-        raise UserError(f"--keep {args.keep}: name a file that ends in .jsonl")
-    there = kept_rows(args.keep) if args.keep and args.keep.exists() else []
-    rows, made_here, problems, places = [], [], [], {}
+    rows, problems = [], []
     for path in args.paths:
-        places.setdefault(path.resolve(), path)           # a link to it is the same run
-    for path in places.values():
-        if path.suffix == ".jsonl":
-            rows += kept_rows(path)
-            continue
-        made = {file.name for file in path.glob("*")} & {"eval.json", "checkpoint.pt"}
-        if path.suffix == ".ebm" or not (made or path.suffix == ".pt"):
-            show(f"{path}: left out, no EBM, no run to evaluate", passing=path.suffix == ".ebm")
-            continue
+        path = path.expanduser()
         try:
-            evaluated = (evaluate_run if made else evaluate_ebm)(path, args)
-            made_here += (found := [row for row in evaluated if row[1]])
-            rows += found
-        except (UserError, OSError) as error:             # the others' work is not lost
+            if path.suffix == ".jsonl":
+                rows += read_rows(path)
+            elif path.suffix == ".pt":
+                rows += evaluate_ebm(path, args)
+            elif path.suffix != ".ebm":
+                rows += evaluate_run(path, args)
+        except (UserError, OSError) as error:             # the other paths are still evaluated
             problems.append(str(error))
+    rows = [(config, result) for config, result in rows if result]
     show("", passing=True)
-    if other := {result.get("split", "test") for _, result in rows} - {args.split}:
-        raise UserError(f"--split {args.split}: there are rows of the {min(other)} split")
-    rows, doubled = once(rows)
-    problems += doubled
-    if rows:
-        print(table(rows, args.untrained, args.split))
-    if args.keep:
-        keep(args.keep, [row for row in made_here if row not in there])
+    for of_ebms in (False, True):
+        some = [row for row in rows if (row[0]["script"] == "ebm") == of_ebms]
+        if some:
+            print(table(some, args.untrained, args.split, args.any_code))
     if problems or not rows:
         raise UserError("; ".join(problems) or "nothing to evaluate; name runs, as in runs/*")
 

@@ -13,10 +13,12 @@ discriminator (--layers all: of the last of each stage), standardised; g_D their
     python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
     python simclr_disc.py --coeff 0         # its baseline: 91.81 %
 """
+import os
+
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, captured, compile_model, distribute, launch,
+from common import (Encoder, Run, augment, autocast, distribute, grad_scaler, graphed, launch,
                     lr_factor, make_parser, mlp, nt_xent, number, parse_flags, training_images,
                     z_std)
 from linear_eval import evaluate
@@ -26,8 +28,9 @@ class SimCLR(nn.Module):
     def __init__(self, args, discriminator):
         super().__init__()
         self.coeff, self.third_view, self.layers = args.coeff, args.coeff > 0, args.layers
+        self.sees_image = args.disc_input == "image"
         self.temperature = args.temperature
-        self.augment, self.encoder = augment, Encoder(args.width)
+        self.encoder = Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
         if self.third_view:
@@ -37,8 +40,8 @@ class SimCLR(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.third_view else 2
-        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        n = 3 if self.third_view and not self.sees_image else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)
@@ -46,7 +49,7 @@ class SimCLR(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2]
+        v3 = x / 255 if self.sees_image else views[2]
         with torch.no_grad():
             h3 = self.discriminator.features(v3, self.layers)             # (B, C)
         z3 = self.view_projector(h3)                                      # eq. (2)
@@ -57,12 +60,17 @@ class SimCLR(nn.Module):
 
 
 def parse():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
                         help="weight of the third view; 0 is plain SimCLR, without an EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
-                        help="stages of the discriminator whose pooled maps are the third view")
+                        help="discriminator features: of the last stage, or of all stages")
+    parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
+                        help="the discriminator sees a third augmented view, or the image itself")
+    parser.add_argument("--teacher", type=os.path.expanduser,
+                        help="control: directory of a run whose frozen encoder takes the "
+                             "discriminator's place")
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
                         help="of the softmax; smaller weighs the hardest negatives more")
     return parse_flags(parser)
@@ -72,29 +80,34 @@ def main():
     args = parse()
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
-    total_steps = run.total_steps(images)
-    discriminator = run.get_ebm(images) if args.coeff > 0 else None
+    if run.finished:
+        return
+    discriminator = run.get_discriminator(images)                         # None with --coeff 0
+    total_steps = args.epochs * (len(images) // args.batch_size)
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)
-    ddp = distribute(compile_model(model, args))
+    ddp = distribute(model)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
+    scaler = grad_scaler(args)                                            # fp16 alone needs it
 
     def forward_backward(x):
         optimizer.zero_grad()
         with autocast(args):
             loss, terms = ddp(x)
-        loss.backward()
+        scaler.scale(loss).backward()
         return {"loss": loss, **terms}
 
-    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
-    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
+    step = graphed(forward_backward, args)                                # with --graph
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
         for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             run.log(**terms)
+    del step                                                              # and its graph's memory
     run.finish(model.encoder)
 
 

@@ -18,26 +18,26 @@ E encoder, g projector; f the EBM's discriminator.
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics, captured,
-                    chain_end, chain_flags, compile_model, distribute, launch, lr_factor,
-                    make_parser, mlp, nt_xent, number, parse_flags, training_images, z_std)
+from common import (Encoder, Run, augment, autocast, batch_statistics, distribute, grad_scaler,
+                    graphed, langevin_view, launch, lr_factor, make_parser, mlp, nt_xent, number,
+                    parse_flags, training_images, z_std)
 from linear_eval import evaluate
 
 
 class SimCLR(nn.Module):
     def __init__(self, args, f):
         super().__init__()
-        self.f, self.chain = f, chain_flags(args)
+        self.f, self.args = f, args
         self.coeff, self.third_view = args.coeff, args.coeff > 0 and args.use == "auxiliary"
         self.temperature = args.temperature
-        self.augment, self.encoder = augment, Encoder(args.width)
+        self.encoder = Encoder(args.width)
         self.projector = nn.Sequential(mlp(self.encoder.dim, 1024, args.emb),
                                        nn.BatchNorm1d(args.emb))
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.third_view and self.f is None else 2
-        views = self.augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        n = 3 if self.third_view and self.args.view == "augment" else 2
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (2)
@@ -45,7 +45,7 @@ class SimCLR(nn.Module):
         if not self.third_view:
             return pair12, {"pair12": pair12, "z_std": z_std(z1)}
 
-        v3 = views[2] if n == 3 else self.augment(chain_end(self.f, x, **self.chain))   # eq. (1)
+        v3 = views[2] if n == 3 else augment(langevin_view(self.f, x, self.args))   # eq. (1)
         with batch_statistics(self):
             z3 = self.projector(self.encoder(v3))
         pair13 = nt_xent(z1, z3, self.temperature)
@@ -55,12 +55,29 @@ class SimCLR(nn.Module):
 
 
 def parse():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
                         help="weight of the third view; 0 is plain SimCLR, without an EBM; "
                              "not used by --use dataset")
-    add_langevin_flags(parser)
+    add = parser.add_argument
+    add("--steps", type=number(int, 0), default=15,
+        help="Langevin steps; 0 = the noisy start image I_0")
+    add("--step-size", type=number(float, 0), default=10,
+        help="Langevin step size, the factor of the gradient of f; 0 = noise only")
+    add("--noise-std", type=number(float, 0), default=1.0,
+        help="standard deviation of a step's noise, in units of --noise-unit")
+    add("--noise-unit", type=number(float, 0), default=0.005,
+        help="size of that unit, as a fraction of the pixel range")
+    add("--grad-clip", type=number(float, 0), default=0.01,
+        help="element-wise clipping of the gradient; larger lets each step go further")
+    add("--alpha", type=number(float, 0, 1), default=0.6,
+        help="I_0 = alpha * image + (1 - alpha) * uniform noise")
+    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
+        help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
+             "generated once and added to the training set: an epoch has twice the steps")
+    add("--view", choices=["langevin", "augment"], default="langevin",
+        help="augment = a third augmented view in place of the sample: a control without an EBM")
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
                         help="of the softmax; smaller weighs the hardest negatives more")
     return parse_flags(parser)
@@ -70,35 +87,37 @@ def main():
     args = parse()
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
-    total_steps = run.total_steps(images)
-    f = None
-    if args.use == "dataset" or (args.coeff > 0 and args.view == "langevin"):
-        f = run.get_ebm(images)
-        run.save_chain(f, images[:16])
+    if run.finished:
+        return
+    f = run.get_discriminator(images)                                     # None if not used
+    run.save_chain(f, images[:16])
     if args.use == "dataset":
-        images = torch.cat([images, run.chain_ends(f, images)])
-        total_steps = run.total_steps(images)
+        images = torch.cat([images, run.generate_images(f, images)])
+    total_steps = args.epochs * (len(images) // args.batch_size)
     torch.manual_seed(args.seed)
     model = SimCLR(args, f).to(args.device)
-    ddp = distribute(compile_model(model, args))
+    ddp = distribute(model)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad),
                                  lr=args.lr, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(args.schedule, total_steps))
+    scaler = grad_scaler(args)                                            # fp16 alone needs it
 
     def forward_backward(x):
         optimizer.zero_grad()
         with autocast(args):
             loss, terms = ddp(x)
-        loss.backward()
+        scaler.scale(loss).backward()
         return {"loss": loss, **terms}
 
-    step = captured(forward_backward, args)                               # a CUDA graph on a GPU
-    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule):
+    step = graphed(forward_backward, args)                                # with --graph
+    for epoch in run.epochs(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
         for x in run.batches(images, epoch):                              # (B, 3, H, W), uint8
             terms = step(x)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             run.log(**terms)
+    del step                                                              # and its graph's memory
     run.finish(model.encoder)
 
 

@@ -109,6 +109,28 @@ def make_parser(doc, file, training=True):
     return parser
 
 
+def add_langevin_flags(parser):
+    """The flags of the Langevin scripts' third view."""
+    add = parser.add_argument
+    add("--steps", type=number(int, 0), default=15,
+        help="Langevin steps; 0 = the noisy start image I_0")
+    add("--step-size", type=number(float, 0), default=10,
+        help="Langevin step size, the factor of the gradient of f; 0 = noise only")
+    add("--noise-std", type=number(float, 0), default=1.0,
+        help="standard deviation of a step's noise, in units of --noise-unit")
+    add("--noise-unit", type=number(float, 0), default=0.005,
+        help="size of that unit, as a fraction of the pixel range")
+    add("--grad-clip", type=number(float, 0), default=0.01,
+        help="element-wise clipping of the gradient; larger lets each step go further")
+    add("--alpha", type=number(float, 0, 1), default=0.6,
+        help="I_0 = alpha * image + (1 - alpha) * uniform noise")
+    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
+        help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
+             "generated once and added to the training set: an epoch has twice the steps")
+    add("--view", choices=["langevin", "augment"], default="langevin",
+        help="augment = a third augmented view in place of the sample: a control without an EBM")
+
+
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
              schedule="cosine", ebm_iters=20, coeff=2.0, tau=0.9)
 

@@ -18,9 +18,9 @@ E encoder, g projector; f the EBM's discriminator.
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, augment, autocast, batch_statistics, distribute, grad_scaler,
-                    graphed, langevin_view, launch, lr_factor, make_parser, mlp, nt_xent, number,
-                    parse_flags, training_images, z_std)
+from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
+                    distribute, grad_scaler, graphed, langevin_view, launch, lr_factor, make_parser,
+                    mlp, nt_xent, number, parse_flags, training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -60,24 +60,7 @@ def parse():
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
                         help="weight of the third view; 0 is plain SimCLR, without an EBM; "
                              "not used by --use dataset")
-    add = parser.add_argument
-    add("--steps", type=number(int, 0), default=15,
-        help="Langevin steps; 0 = the noisy start image I_0")
-    add("--step-size", type=number(float, 0), default=10,
-        help="Langevin step size, the factor of the gradient of f; 0 = noise only")
-    add("--noise-std", type=number(float, 0), default=1.0,
-        help="standard deviation of a step's noise, in units of --noise-unit")
-    add("--noise-unit", type=number(float, 0), default=0.005,
-        help="size of that unit, as a fraction of the pixel range")
-    add("--grad-clip", type=number(float, 0), default=0.01,
-        help="element-wise clipping of the gradient; larger lets each step go further")
-    add("--alpha", type=number(float, 0, 1), default=0.6,
-        help="I_0 = alpha * image + (1 - alpha) * uniform noise")
-    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
-        help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
-             "generated once and added to the training set: an epoch has twice the steps")
-    add("--view", choices=["langevin", "augment"], default="langevin",
-        help="augment = a third augmented view in place of the sample: a control without an EBM")
+    add_langevin_flags(parser)
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
                         help="of the softmax; smaller weighs the hardest negatives more")
     return parse_flags(parser)

@@ -22,27 +22,25 @@ TINY = [*EBM, "--batch-size", "16", "--epochs", "2"]
 
 
 def work(script, flags, directory, moment=None, environment={}):
-    """Run the script's main, and die by SIGKILL at the `moment`-th renaming or log line.
+    """Run the script's main, and die by SIGKILL before the `moment`-th renaming of a file.
 
-    With "each", live, and leave what a kill at the n-th would have left in `directory`/../n.
+    With "each", live, and leave what a kill before the n-th would have left in `directory`/../n.
     """
     os.environ.update(environment)
     os.chdir(directory)
     sys.path.append(str(Path(common.__file__).parent / ".github"))
     torch.set_num_threads(1)
-    moments = iter(range(1, 1000))
+    moments, replace = iter(range(1, 1000)), os.replace
 
-    def mortal(function):
-        def call(*args):
-            Path("moments").write_text(str(now := next(moments)))
-            if moment == "each":
-                shutil.copytree(".", f"../{now}")
-            if now == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
-        return call
+    def mortal(*args):
+        Path("moments").write_text(str(now := next(moments)))
+        if moment == "each":
+            shutil.copytree(".", f"../{now}")
+        if now == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(*args)
 
-    common.append, common.os.replace = mortal(common.append), mortal(os.replace)
+    common.os.replace = mortal
     common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)

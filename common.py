@@ -954,20 +954,22 @@ def provenance():
 def claim(directory, config, script):
     """Make `directory` the one of this config, and copy the script and what it imports into it.
 
-    Returns what config.json then holds: the config, and a checksum of that code. UserError if there
-    are results of other settings in the directory, or of a finished run of other code. If other
-    code began what is there, a line says so and both checksums are kept.
+    Returns what config.json then holds: the config, and the checksum of that code. UserError if
+    there are results of other settings in the directory. If other code made them, a line says so;
+    a run that is not finished is resumed, and its config has both checksums.
     """
     path, files = directory / "config.json", source_files(script)
-    code = code_checksum(files)
-    config, finished = {**config, "code": code}, (directory / "eval.json").exists()
+    code, finished = code_checksum(files), (directory / "eval.json").exists()
+    config = {**config, "code": code}
     if finished or any(directory.glob("*.pt")):
         saved = load(path, "code") if path.exists() else {"code": "unknown"}
         check_config(directory, saved, config)
         config, old = {**saved, **config}, saved["code"]
         made_by = f"made by other code ({old}, kept as source-* in it) than today's ({code})"
         if old != code and finished:
-            raise UserError(f"{directory}: {made_by}; to run today's, name another --run-dir")
+            show(f"{directory} is finished, but {made_by}. To run today's, name another --run-dir; "
+                 f"for its accuracies: python linear_eval.py {directory}")
+            return saved
         if old != code:
             show(f"{directory}: {made_by}, which resumes it; to run all of it by today's, name "
                  "another --run-dir or --ebm")
@@ -1361,14 +1363,16 @@ class Run:
                                 "--run-dir") from None
             self.config = claim(self.path, self.config, args.file)
         self.finished = (self.path / "eval.json").exists()
-        show(f"{self.path} is finished; {describe(load(self.path / 'eval.json', 'untrained'))}"
-             if self.finished else f"{self.path}: on {args.device} in {args.precision}")
+        if not self.finished:
+            show(f"{self.path}: on {args.device} in {args.precision}")
+        elif self.config.get("code") == code_checksum(source_files(args.file)):
+            show(f"{self.path} is finished; {describe(load(self.path / 'eval.json', 'untrained'))}")
 
     def freeze(self, network):
         """`network` in eval mode and without gradients. Its weights, "f" in config.json, are part
         of the run's identity, and have to stay the same."""
         self.frozen, f = network.eval().requires_grad_(False), checksum(network)
-        check_config(self.path, self.config, {"f": f})
+        check_config(self.path, self.config, {**self.config, "f": f})
         self.config["f"] = f
         if rank() == 0:
             save(self.path / "config.json", self.config)

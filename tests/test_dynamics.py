@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Discriminator, UserError, adversarial_dynamics, draw_shapes
+from common import Discriminator, adversarial_dynamics, draw_shapes
 from test_ebm import flags, turned_loss
 
 CENTRE, CURVATURE = torch.tensor([0.3, -0.9, 1.4], dtype=torch.float64)[:, None, None], 0.02
@@ -275,24 +275,3 @@ def test_learning_rates(tmp_path, objective, lr_d, lr_g, beta):
         assert (name in state) == bool(lr)
         if lr:
             assert set(groups[0]["params"]) == set(state[name].parameters())
-
-
-def test_an_ade_of_before_is_refused(tmp_path):
-    """Today's `gan` was called `ade`: files, checkpoints and runs of then are no `ade` of now."""
-    args = flags(tmp_path, "--ebm-objective", "ade", "--ebm-iters", "1")
-    images, path = common.training_images(args), tmp_path / "ebm.pt"
-    config, network = common.ebm_config(images, args), Discriminator(8).state_dict()
-    common.save(path, config=config, d=network)
-    common.train_ebm(images, args)                      # finds it
-    del config["version"]
-    common.save(path, config=config, d=network)
-    for read in [lambda: common.train_ebm(images, args), lambda: common.load_ebm(path, "cpu")]:
-        with pytest.raises(UserError, match="ebm.pt: .*KeyError: 'version'"):
-            read()
-    config = tmp_path / "config.json"
-    config.write_text('{"ebm_objective": "ade"}')
-    wanted = {"ebm_objective": "ade", "version": args.version}
-    with pytest.raises(UserError, match="config.json: .*KeyError: 'version'"):
-        common.Training(tmp_path, wanted)
-    config.write_text('{"ebm_objective": "ade", "version": 2}')
-    common.Training(tmp_path, wanted)                                   # a control

@@ -16,7 +16,7 @@ from common import Discriminator, Generator, UserError, draw_shapes, load_ebm, t
 
 
 def flags(tmp_path, *more):
-    return common.parse_flags(common.make_parser("x"), [
+    return common.parse_flags(common.make_parser("x", "byol_disc.py"), [
         "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
         "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
 
@@ -271,7 +271,7 @@ def test_file_log_and_picture(tmp_path, capsys):
 
 def test_each_setting_of_an_ebm_has_a_file_of_its_own():
     def name(*flags):
-        return common.parse_flags(common.make_parser("x"), flags).ebm
+        return common.parse_flags(common.make_parser("x", "byol_disc.py"), flags).ebm
 
     names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "16"),
              *(name("--ebm-objective", objective) for objective in ("cd", "ade")),

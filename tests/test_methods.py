@@ -19,7 +19,7 @@ from common import Discriminator, Encoder, draw_shapes, langevin, nt_xent
 
 SCRIPTS = [simclr_langevin, byol_langevin, simclr_disc, byol_disc]
 FLAGS = dict(width=8, emb=8, layers="last", temperature=0.3, use="auxiliary", alpha=0.7, steps=2,
-             step_size=7, noise_std=2.0, noise_unit=0.004, grad_clip=0.02)
+             view="langevin", disc_input="augment", step_size=7, noise_std=2.0, noise_unit=0.004, grad_clip=0.02)
 
 
 def make(script, **flags):
@@ -43,7 +43,7 @@ def views(monkeypatch):
         queue = list(views)
         monkeypatch.setattr(script, "augment", lambda x, queue=queue: torch.cat(
             [queue.pop(0) for _ in range(len(x) // 16)]))
-        monkeypatch.setattr(script, "chain_end", lambda f, x, **_: x, raising=False)
+        monkeypatch.setattr(script, "langevin_view", lambda f, x, args: x, raising=False)
     return views
 
 
@@ -267,10 +267,23 @@ def test_coeff_0_is_one_baseline_without_a_third_view(pair):
 
 
 @pytest.mark.parametrize("script", [simclr_langevin, byol_langevin])
-def test_view_augment_is_one_more_ordinary_view(script):
-    method, seen = make(script), []
+def test_view_augment_is_one_more_ordinary_view(script, monkeypatch):
+    method, seen = make(script, view="augment"), []
     method.f = None
-    method.augment = lambda x: seen.append(x) or torch.rand(x.shape)
+    monkeypatch.setattr(script, "augment", lambda x: seen.append(x) or torch.rand(x.shape))
     x = draw_shapes(16, seed=3)[0]
     method(x)
     assert len(seen) == 1 and torch.equal(seen[0], torch.cat([x, x, x]))
+
+
+@pytest.mark.parametrize("script", [simclr_disc, byol_disc])
+def test_disc_input_image_is_the_image_itself(script, monkeypatch):
+    """The discriminator sees x / 255, and a third augmented view otherwise."""
+    x, seen = draw_shapes(16, seed=3)[0], []
+    monkeypatch.setattr(script, "augment", lambda x: torch.rand(x.shape))
+    for disc_input in ("image", "augment"):
+        method = make(script, disc_input=disc_input)
+        features = method.discriminator.features
+        method.discriminator.features = lambda v, layers: seen.append(v) or features(v, layers)
+        method(x)
+    assert [torch.equal(v, x / 255) for v in seen] == [True, False]

@@ -102,7 +102,7 @@ def steps(script, cuda, **flags):
     model.to("cuda")
     optimizer = torch.optim.Adam(cuda(model.parameters()), lr=3e-3, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 100))
-    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), rows=[])
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), steps=[], model=model)
     batches = common.Run.batches(run, images(64), 1)
 
     def step():
@@ -129,7 +129,7 @@ def test_a_training_step(script, flags, cuda):
 
 
 def objectives():
-    actions = common.make_parser("x")._actions
+    actions = common.make_parser("x", "x.py")._actions
     return next(action.choices for action in actions if action.dest == "ebm_objective")
 
 
@@ -161,7 +161,7 @@ def test_evaluation_waits_once(cuda):
         assert knn == ["item", "item"]
     for epochs in (2, 3):
         cuda(())
-        probe = counted(linear_accuracy, x, labels(1200), x[:9], labels(9), epochs, eager=True)
+        probe = counted(linear_accuracy, x, labels(1200), x[:9], labels(9), epochs)
         assert sorted(probe) == [*epochs * ["aten._to_copy.default"], "item", "item"]
 
 

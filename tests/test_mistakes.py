@@ -12,7 +12,6 @@ import common
 import linear_eval
 import simclr_disc
 import simclr_langevin
-from common import UserError
 from processes import run
 
 LANGEVIN, DISC = [simclr_langevin, byol_langevin], [simclr_disc, byol_disc]
@@ -35,12 +34,12 @@ def foreign(content):
 
 def contents():
     return {str(path): path.read_bytes() for path in Path().rglob("*")
-            if path.is_file() and path.name != ".lock"}
+            if path.is_file() and path.name not in (".lock", "config.json")}
 
 
 def refused(program, flags, monkeypatch, capsys):
-    """The line with which the program ends, after argparse's line on usage; files stay as they
-    were, but that a run may have begun."""
+    """The line with which the program ends, after argparse's line on usage. Files stay as they
+    were, but for the config of a run."""
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
     before = contents()
     with pytest.raises(SystemExit) as end:
@@ -106,6 +105,9 @@ def test_a_mistake_is_one_line_and_begins_nothing(programs, flags, named, tmp_pa
         assert not [*Path().rglob("*.pt")]
 
 
+OTHER = dict(dataset="synthetic", subset=512, width=8, coeff=0.0, precision="fp32", code="other")
+
+
 @pytest.mark.parametrize("put, named", [
     (lambda path: path.write_bytes(b""), "EOFError"),
     (lambda path: path.write_bytes(b"hello"), "damaged, or not written by this code"),
@@ -119,12 +121,15 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
     put(tmp_path / "ebm.pt")
     (tmp_path / "other").mkdir()
     put(tmp_path / "other" / "checkpoint.pt")
+    common.save(tmp_path / "other" / "config.json", OTHER)
     for program, flags in [(byol_disc, [*FLAGS, "--ebm", "ebm.pt"]), (linear_eval, ["ebm.pt"])]:
         line = refused(program, flags, monkeypatch, capsys)
         assert "ebm.pt" in line and named in line
-    flags = [*FLAGS, "--coeff", "0", "--run-dir", "other"]
+    flags = [*FLAGS, "--coeff", "0", "--precision", "fp32", "--run-dir", "other"]
     line = refused(byol_disc, flags, monkeypatch, capsys)
     assert "other/checkpoint.pt" in line and (named in line or "KeyError: 'done'" in line)
+    assert "other: made with --seed 0, not 1" in refused(
+        byol_disc, [*flags, "--seed", "1"], monkeypatch, capsys)
     assert not (tmp_path / "code was run").exists()
 
 
@@ -163,15 +168,9 @@ def test_every_path_may_begin_with_a_tilde(program, monkeypatch):
 
 
 def test_a_damaged_file_of_a_run_is_one_line(tmp_path):
-    """To a script that would go on with it; its log is written anew."""
     flags = ["--run-dir", "run", "--use", "dataset", "--steps", "1", "--subset", "64"]
     assert run("byol_langevin", tmp_path, *flags) == 0
-    log = tmp_path / "run" / "log.jsonl"
-    rows, done = log.read_text().splitlines(), tmp_path / "run" / "eval.json"
-    log.write_text("epoch 1\n")
-    done.unlink()
-    assert run("byol_langevin", tmp_path, *flags) == 0                  # it goes on, and ends
-    assert log.read_text().splitlines()[:len(rows)] == rows
+    done = tmp_path / "run" / "eval.json"
     for name, content in {"config.json": b"[1]", "eval.json": b"", "generated.pt": b"PK\3\4 cut",
                           "checkpoint.pt": b"\xff"}.items():
         path = tmp_path / "run" / name
@@ -179,7 +178,7 @@ def test_a_damaged_file_of_a_run_is_one_line(tmp_path):
         if name.endswith(".pt"):
             done.unlink(missing_ok=True)
         path.write_bytes(content)
-        (tmp_path / "err").unlink()
+        (tmp_path / "err").write_text("")
         assert run("byol_langevin", tmp_path, *flags) == 2, name
         err = (tmp_path / "err").read_text()
         assert err.startswith(f"error: run/{name}: ") and err.count("\n") == 1, err

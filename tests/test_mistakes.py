@@ -135,12 +135,14 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
 def test_results_of_another_run_are_refused(name, tmp_path, monkeypatch, capsys):
     """Also those of which nothing is known, as the config is missing."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text("results")
-    flags = [*FLAGS, "--coeff", "0", "--precision", "fp32", "--seed", "1", "--run-dir", "."]
-    assert "made" in refused(byol_disc, flags, monkeypatch, capsys)
-    common.save(tmp_path / "config.json", OTHER)
-    line = refused(byol_disc, [*flags[:-1], str(tmp_path)], monkeypatch, capsys)
-    assert "made with --seed 0, not 1" in line and "name another --run-dir" in line
+    flags = [*FLAGS, "--coeff", "0", "--precision", "fp32", "--seed", "1", "--run-dir"]
+    for directory in ("unknown", "other"):
+        Path(directory).mkdir()
+        Path(directory, name).write_text("results")
+    assert "unknown: made " in refused(byol_disc, [*flags, "unknown"], monkeypatch, capsys)
+    common.save(Path("other/config.json"), OTHER)
+    line = refused(byol_disc, [*flags, "other"], monkeypatch, capsys)
+    assert "other: made with --seed 0, not 1; name another --run-dir" in line
 
 
 def test_a_slip_of_the_code_shows_its_traceback():

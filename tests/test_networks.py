@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import (Discriminator, Encoder, Generator, augment, autocast, draw_shapes, in_bf16, mlp,
-                    pool, seed_of, standardise_features)
+from common import (Discriminator, Encoder, Generator, augment, draw_shapes, mlp, pool,
+                    resolve_precision, seed_of, standardise_features)
 
 ARGS = SimpleNamespace(seed=0, ebm_iters=0, device="cpu", precision="fp32")
 
@@ -140,16 +140,7 @@ def test_precision_auto_is_what_the_cpu_is_fast_in(vendor, has, used, auto, monk
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     for feature in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda f=feature: f in has)
-    for precision, expected in [("auto", auto), ("bf16", True), ("fp32", False)]:
-        assert in_bf16(SimpleNamespace(device="cpu", precision=precision)) == expected
-
-
-def test_mps_is_fp32_and_asks_no_cpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: 1 / 0)
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True, raising=False)
-    args = SimpleNamespace(device="mps", precision="auto")
-    assert in_bf16(args) is False
-    with autocast(args):
-        assert not torch.is_autocast_enabled("mps")
-    with pytest.raises(ZeroDivisionError):
-        in_bf16(SimpleNamespace(device="cpu", precision="auto"))
+    for precision, expected in [("auto", "bf16" if auto else "fp32"), ("bf16", "bf16"),
+                                ("fp16", "fp16"), ("fp32", "fp32")]:
+        args = SimpleNamespace(device="cpu", precision=precision)
+        assert resolve_precision(args) == expected

@@ -7,15 +7,14 @@
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
     E', g', g_D' <- tau * (E', g', g_D') + (1 - tau) * (E, g, g_D) after every step          (5)
 
-E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; D(v) mean and
-variance of each channel of the last map of the EBM's discriminator (--layers all: of the last of
-each stage), standardised; g_D their projector.
+E: encoder, g: projector, q: predictor. A prime marks the target network, whose EMA momentum tau
+rises from --tau to 1. D(v): mean and variance of each channel of the discriminator's last feature
+map (--layers all: of the last map of each stage), standardised; g_D: projector of these features.
 
-    python byol_disc.py --smoke             # drawn shapes, minutes on a CPU: 40 to 58 %, before 15
-    python byol_disc.py --coeff 0.1         # the deck's best row: 92.13 % after 1000 epochs
-    python byol_disc.py --coeff 0           # its baseline: 90.20 %
+    python byol_disc.py --smoke             # synthetic shapes, a minute or two on a CPU
+    python byol_disc.py --coeff 0.1         # the slides' best setting: 92.13 % after 1000 epochs
+    python byol_disc.py --coeff 0           # the BYOL baseline; the slides: 90.20 %
 """
-import os
 from copy import deepcopy
 
 import torch
@@ -45,7 +44,7 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and not self.sees_image else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))
@@ -78,17 +77,16 @@ def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=256)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view; 0 is plain BYOL, without an EBM")
+                        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
                         help="discriminator features: of the last stage, or of all stages")
     parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
                         help="the discriminator sees a third augmented view, or the image itself")
-    parser.add_argument("--teacher", type=os.path.expanduser,
-                        help="control: directory of a run whose frozen encoder takes the "
-                             "discriminator's place")
+    parser.add_argument("--teacher",
+                        help="a control: directory of a run whose frozen encoder replaces the "
+                             "discriminator")
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="the target's moving-average rate at the start, rising to 1; larger "
-                             "moves slower")
+                        help="initial EMA momentum of the target network; it rises to 1")
     return parse_flags(parser)
 
 

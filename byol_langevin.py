@@ -9,13 +9,13 @@
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
     E', g' <- tau * (E', g') + (1 - tau) * (E, g) after every step                           (5)
 
-E encoder, g projector, q predictor; ' their targets, tau rising from --tau to 1; f the EBM's
-discriminator.
+E: encoder, g: projector, q: predictor. A prime marks the target network, whose EMA momentum tau
+rises from --tau to 1. f: output of the EBM's discriminator, the negative energy.
 
-    python byol_langevin.py --smoke         # drawn shapes, minutes on a CPU
-    python byol_langevin.py --coeff 0.01    # the deck: 90.14 to 90.57 % after 1000 epochs
-    python byol_langevin.py --coeff 0       # its baseline: 90.20 %
-    python byol_langevin.py --use dataset   # the generated images as more training images
+    python byol_langevin.py --smoke         # synthetic shapes, minutes on a CPU
+    python byol_langevin.py --coeff 0.01    # the slides: 90.14 to 90.57 % after 1000 epochs
+    python byol_langevin.py --coeff 0       # the BYOL baseline; the slides: 90.20 %
+    python byol_langevin.py --use dataset   # generated images as more training images
 """
 from copy import deepcopy
 
@@ -43,7 +43,7 @@ class BYOL(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and self.args.view == "augment" else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
         z2 = self.projector(self.encoder(v2))
@@ -74,12 +74,10 @@ def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=256)
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
-                        help="weight of the third view; 0 is plain BYOL, without an EBM; "
-                             "not used by --use dataset")
+                        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
     add_langevin_flags(parser)
     parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="the target's moving-average rate at the start, rising to 1; larger "
-                             "moves slower")
+                        help="initial EMA momentum of the target network; it rises to 1")
     return parse_flags(parser)
 
 

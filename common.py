@@ -795,6 +795,8 @@ def parse_flags(parser, argv=None):
     args = parser.parse_args(argv)
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         parser.error("--view augment: with --use dataset there is no third view")
+    if getattr(args, "teacher", None):
+        args.teacher = os.path.expanduser(args.teacher)
     args.defaults = {a.dest: a.default for a in parser._actions if a.dest not in NOT_IDENTITY
                      and a.default is not argparse.SUPPRESS}
     changed = {flag: vars(args)[flag] for flag, default in args.defaults.items()

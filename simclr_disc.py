@@ -6,15 +6,14 @@
     pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
-E encoder, g projector; D(v) mean and variance of each channel of the last map of the EBM's
-discriminator (--layers all: of the last of each stage), standardised; g_D their projector.
+E: encoder, g: projector. D(v): mean and variance of each channel of the discriminator's last
+feature map (--layers all: of the last map of each stage), standardised; g_D: projector of these
+features.
 
-    python simclr_disc.py --smoke           # drawn shapes, minutes on a CPU
-    python simclr_disc.py --coeff 0.1       # the deck: 91.66 % after 1000 epochs
-    python simclr_disc.py --coeff 0         # its baseline: 91.81 %
+    python simclr_disc.py --smoke           # synthetic shapes, a minute or two on a CPU
+    python simclr_disc.py --coeff 0.1       # the slides: 91.66 % after 1000 epochs
+    python simclr_disc.py --coeff 0         # the SimCLR baseline; the slides: 91.81 %
 """
-import os
-
 import torch
 import torch.nn as nn
 
@@ -41,7 +40,7 @@ class SimCLR(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and not self.sees_image else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (1)
@@ -63,16 +62,16 @@ def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view; 0 is plain SimCLR, without an EBM")
+                        help="weight of the third view's loss; 0 = the SimCLR baseline, no EBM")
     parser.add_argument("--layers", choices=["last", "all"], default="last",
                         help="discriminator features: of the last stage, or of all stages")
     parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
                         help="the discriminator sees a third augmented view, or the image itself")
-    parser.add_argument("--teacher", type=os.path.expanduser,
-                        help="control: directory of a run whose frozen encoder takes the "
-                             "discriminator's place")
+    parser.add_argument("--teacher",
+                        help="a control: directory of a run whose frozen encoder replaces the "
+                             "discriminator")
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
-                        help="of the softmax; smaller weighs the hardest negatives more")
+                        help="of NT-Xent; smaller puts more weight on hard negatives")
     return parse_flags(parser)
 
 

@@ -8,12 +8,12 @@
     pair(a, b) = nt_xent(z_a, z_b, temperature)                    arXiv:2002.05709         (3)
     loss = pair(1, 2) + coeff * (pair(1, 3) + pair(2, 3)) / 2                                (4)
 
-E encoder, g projector; f the EBM's discriminator.
+E: encoder, g: projector. f: output of the EBM's discriminator, the negative energy.
 
-    python simclr_langevin.py --smoke       # drawn shapes, minutes on a CPU
-    python simclr_langevin.py --coeff 0.01  # the deck: 87.82 % after 1000 epochs
-    python simclr_langevin.py --coeff 0     # its baseline: 91.81 %
-    python simclr_langevin.py --use dataset # the generated images as more training images
+    python simclr_langevin.py --smoke       # synthetic shapes, minutes on a CPU
+    python simclr_langevin.py --coeff 0.01  # the slides: 87.82 % after 1000 epochs
+    python simclr_langevin.py --coeff 0     # the SimCLR baseline; the slides: 91.81 %
+    python simclr_langevin.py --use dataset # generated images as more training images
 """
 import torch
 import torch.nn as nn
@@ -37,7 +37,7 @@ class SimCLR(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
         n = 3 if self.third_view and self.args.view == "augment" else 2
-        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))          # n of (B, 3, H, W)
+        views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)
         z1, z2 = self.projector(torch.cat([h1, h2])).chunk(2)             # eq. (2)
@@ -58,11 +58,10 @@ def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=512)
     parser.add_argument("--coeff", type=number(float, 0), default=0.01,
-                        help="weight of the third view; 0 is plain SimCLR, without an EBM; "
-                             "not used by --use dataset")
+                        help="weight of the third view's loss; 0 = the SimCLR baseline, no EBM")
     add_langevin_flags(parser)
     parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
-                        help="of the softmax; smaller weighs the hardest negatives more")
+                        help="of NT-Xent; smaller puts more weight on hard negatives")
     return parse_flags(parser)
 
 

@@ -15,10 +15,13 @@ import linear_eval
 from common import Discriminator, Generator, UserError, draw_shapes, load_ebm, train_ebm
 
 
+def parse(*flags):
+    return common.parse_flags(common.make_parser("x", "x.py"), flags)
+
+
 def flags(tmp_path, *more):
-    return common.parse_flags(common.make_parser("x", "byol_disc.py"), [
-        "--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
-        "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more])
+    return parse("--dataset", "synthetic", "--subset", "100", "--width", "8", "--ebm-iters", "3",
+                 "--precision", "fp32", "--ebm", str(tmp_path / "ebm.pt"), *more)
 
 
 def buffer_of(n):
@@ -241,7 +244,7 @@ def test_file_log_and_picture(tmp_path, capsys):
     images = common.training_images(args)
     d = train_ebm(images, args)
     out = capsys.readouterr().out
-    assert out.count("iteration 3/3 ") == 1
+    assert out.count("iteration 3/3 ") == 1 and not d.training
     loaded = load_ebm(args.ebm, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(d.parameters(), loaded.parameters()))
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -251,8 +254,9 @@ def test_file_log_and_picture(tmp_path, capsys):
     assert torch.allclose(features.mean(0), torch.zeros(64), atol=1e-3)
     assert torch.allclose(features.std(0, correction=0), torch.ones(64), atol=1e-3)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ebm.ebm", "ebm.pt"]
+    config = torch.load(args.ebm, weights_only=True)["config"]
     assert {path.name for path in (tmp_path / "ebm.ebm").iterdir()} == {
-        ".lock", "config.json", "log.jsonl", "samples.png"}
+        ".lock", "config.json", "log.jsonl", "samples.png", f"source-{config['code']}"}
     header, row = map(json.loads, (tmp_path / "ebm.ebm" / "log.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
     assert {"f_real", "f_sample", "gap", "auc", "clamped", "sample_mean", "sample_std"} < set(row)
@@ -262,23 +266,28 @@ def test_file_log_and_picture(tmp_path, capsys):
         assert picture.size == (16 * 34 + 2, 6 * 34 + 2)
 
     again = train_ebm(images, args)                                     # found, not made
-    assert torch.equal(again.linear.weight, d.linear.weight)
+    assert torch.equal(again.linear.weight, d.linear.weight) and capsys.readouterr().out == ""
     with pytest.raises(UserError, match="--width 8, not 16"):
         train_ebm(images, flags(tmp_path, "--width", "16"))
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match="other training images"):
         train_ebm(images[1:], args)
 
 
-def test_each_setting_of_an_ebm_has_a_file_of_its_own():
+def test_each_setting_of_an_ebm_has_a_file_of_its_own(monkeypatch):
+    """Of its precision and kind of device too, as they change its numbers."""
+    monkeypatch.setattr(common, "prepare_device", lambda args: None)
+
     def name(*flags):
-        return common.parse_flags(common.make_parser("x", "byol_disc.py"), flags).ebm
+        return parse("--precision", "fp32", "--device", "cpu", *flags).ebm
 
     names = [name(), name("--dataset", "synthetic"), name("--subset", "9"), name("--width", "16"),
              *(name("--ebm-objective", objective) for objective in ("cd", "ade")),
              name("--ebm-rotation", "1"), name("--ebm-iters", "0"),
-             name("--seed", "1"), name("--seed", "2")]
+             name("--seed", "1"), name("--seed", "2"), name("--precision", "bf16"),
+             name("--device", "cuda:1")]
     assert len(set(names)) == len(names)
     assert name("--lr", "1", "--epochs", "2") == name()                 # what all runs share
+    assert name("--precision", "fp16") == name()                        # it is not for the EBM
 
 
 def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
@@ -298,10 +307,10 @@ def test_an_unusual_gradient_moves_no_weight_far(tmp_path):
 def test_no_iterations_give_the_untrained_probe(tmp_path, monkeypatch):
     """linear_eval.py compares with the discriminator as it began; the probe is a fingerprint."""
     monkeypatch.setitem(linear_eval.METRICS, "linear",
-                        lambda x, *_, eager: x.double().square().mean())
+                        lambda x, *_: x.double().square().mean())
     monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw_shapes(n // 25, seed))
     common.load_images.cache_clear()
-    evaluation = SimpleNamespace(device="cpu", eager=False, data_dir=None, split="test",
+    evaluation = SimpleNamespace(device="cpu", dataset=None, data_dir=None, split="test",
                                  untrained=True)
 
     def probe(*more):
@@ -328,13 +337,15 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
                  "--ebm-rotation", "0.5")
     monkeypatch.setattr(common, "adversarial_dynamics",
                         partial(common.adversarial_dynamics, steps=2))
-    monkeypatch.setattr(common, "EBM_CHAINS", 100)
+    monkeypatch.setattr(common, "REPLAY_BUFFER", 100)
     images = common.training_images(args)
     whole = train_ebm(images, args)
     (tmp_path / "ebm.pt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(common, "append", fail_at(3, common.append))
-        with pytest.raises(KeyboardInterrupt):
+        end_round = common.Progress.end_round
+        patch.setattr(common.Progress, "end_round", lambda progress, done, *row: (
+            end_round(progress, done, *row) if done == 1 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
             train_ebm(images, args)
     assert (tmp_path / "ebm.ebm" / "checkpoint.pt").exists() and not (tmp_path / "ebm.pt").exists()
     resumed = train_ebm(images, args)
@@ -349,17 +360,6 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, obje
     other = train_ebm(images, args)
     assert "rotation" in json.loads(rows[1])
     assert not torch.equal(other.linear.weight, whole.linear.weight)
-
-
-def fail_at(n, function):
-    calls = []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == n:
-            raise KeyboardInterrupt
-        return function(*args)
-    return failing
 
 
 @pytest.mark.parametrize("what", ["f", "a weight"])
@@ -379,8 +379,17 @@ def test_it_stops_when_it_explodes_and_keeps_the_last_good_state(tmp_path, monke
         return meters
     gan_step = common.gan_step
     monkeypatch.setattr(common, "gan_step", step)
-    with pytest.raises(UserError, match="f exploded before iteration 4, f.*ebm.ebm has its log"):
+    with pytest.raises(UserError, match="ebm.pt: its training diverged before iteration 4, f"):
         train_ebm(common.training_images(args), args)
     assert not (tmp_path / "ebm.pt").exists()
     saved = torch.load(tmp_path / "ebm.ebm" / "checkpoint.pt", weights_only=True)
     assert saved["done"] == 2 and all(p.isfinite().all() for p in saved["d"].values())
+
+
+def test_it_is_computed_in_fp32_where_runs_are_in_fp16(tmp_path):
+    weights = []
+    for precision in ("fp16", "fp32", "bf16"):
+        args = flags(tmp_path / precision, "--precision", precision)
+        weights.append(train_ebm(common.training_images(args), args).linear.weight)
+        assert args.precision == precision
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])

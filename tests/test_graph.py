@@ -14,13 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import byol_disc
 import byol_langevin
 import common
-import linear_eval
 import simclr_disc
 import simclr_langevin
-from common import UserError, captured, draw_shapes
+from common import UserError, draw_shapes, graphed
 from test_methods import make
 
-GPU = SimpleNamespace(device="cuda")
+GPU, CPU = (SimpleNamespace(device=device, graph=device == "cuda") for device in ("cuda", "cpu"))
 
 
 def tensors(tree):
@@ -57,7 +56,7 @@ class Graph(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for what `captured` takes of torch.cuda; a list of what was done on the stream."""
+    """A stand-in for what `graphed` takes of torch.cuda; a list of what was done on the stream."""
     done = []
 
     class Stream:
@@ -100,7 +99,7 @@ def train(script, args, steps=7, **flags):
         loss.backward()
         return {"loss": loss, **terms}
 
-    step = captured(forward_backward, args)
+    step = graphed(forward_backward, args)
     for i, x in enumerate(images.split(16)):
         if i in (0, 5):
             torch.manual_seed(i)
@@ -119,7 +118,7 @@ SCRIPTS = [(simclr_disc, {}), (byol_disc, {}), (simclr_langevin, {}), (byol_lang
 @pytest.mark.parametrize("script, flags", SCRIPTS)
 def test_captured_steps_are_the_eager_ones(script, flags, gpu):
     """The draws too, of an epoch that is seeded after the capture."""
-    eager = train(script, SimpleNamespace(device="cpu"), **flags)
+    eager = train(script, CPU, **flags)
     assert gpu == []
     replayed = train(script, GPU, **flags)
     assert gpu.count("capture") == 1 and gpu.count("enter") == 7 == gpu.count("wait") / 2
@@ -129,55 +128,41 @@ def test_captured_steps_are_the_eager_ones(script, flags, gpu):
 @pytest.mark.parametrize("objective", common.EBM_ADAM)
 def test_captured_steps_of_an_ebm_are_the_eager_ones(objective, gpu):
     """Its optimizers' too."""
-    def train(device):
+    def train(args):
         torch.manual_seed(0)
         state = common.ebm_networks(SimpleNamespace(width=8, device="cpu", ebm_objective=objective))
-        step = captured(lambda x: getattr(common, f"{objective}_step")(x, 1.0, **state),
-                        SimpleNamespace(device=device))
+        for name in ("optimizer_d", "optimizer_g"):
+            if name in state:
+                state[name].param_groups[0]["capturable"] = True        # as on a GPU
+        step = graphed(lambda x: getattr(common, f"{objective}_step")(x, 1.0, **state), args)
         rows = [step(x / 255) for x in draw_shapes(40, seed=3)[0].split(8)]
         return tensors([part.state_dict() for part in state.values()]), tensors(rows)
 
-    assert all(map(torch.equal, *map(tensors, (train("cpu"), train("cuda")))))
+    assert all(map(torch.equal, *map(tensors, (train(CPU), train(GPU)))))
     assert gpu.count("capture") == 1
 
 
-@pytest.mark.parametrize("n", [5300, 2500, 4000, 900])
-def test_captured_steps_of_the_probe_are_the_eager_ones(n, gpu, monkeypatch):
-    """Whether the last batch of an epoch is shorter, also before the capture, or the only one."""
-    g, seen = torch.Generator().manual_seed(0), []
-    x, y = torch.randn(n, 8, generator=g), torch.randint(3, (n,), generator=g)
-    monkeypatch.setattr(torch.nn, "Linear", lambda *args, make=torch.nn.Linear, **flags: (
-        seen.append(make(*args, **flags)) or seen[-1]))
-    eager = linear_eval.linear_accuracy(x, y, x, y, epochs=3)
-    for flag in (True, False):
-        monkeypatch.setattr(linear_eval, "captured", lambda step, args: captured(
-            step, SimpleNamespace(**{**vars(args), "device": "cuda"})))
-        assert linear_eval.linear_accuracy(x, y, x, y, epochs=3, eager=flag) == eager
-        assert gpu.count("capture") == (not flag and n >= 2500)
-    assert all(torch.equal(seen[0].weight, other.weight) for other in seen) and len(seen) == 3
-
-
 def test_each_batch_is_copied_to_the_graph_and_left_as_it_is(gpu):
-    sizes, step = [], captured(lambda x: sizes.append(len(x)) or {"sum": x.sum()}, GPU)
+    sizes, step = [], graphed(lambda x: sizes.append(len(x)) or {"sum": x.sum()}, GPU)
     batches = [torch.full((3,), float(i)) for i in range(7)]
     assert [step(x)["sum"].item() for x in batches] == [0, 3, 6, 9, 12, 15, 18]
     assert [x[0].item() for x in batches] == [*range(7)] and len(sizes) == 4    # then replayed
 
 
 def test_what_waits_for_the_host_is_one_line(gpu):
-    step = captured(lambda x: {"max": x / x.max().item()}, GPU)
+    step = graphed(lambda x: {"max": x / x.max().item()}, GPU)
     for _ in range(3):
         step(torch.ones(2))
-    with pytest.raises(UserError, match=r"cannot be captured .*: operation .* capturing\); .*-ea"):
+    with pytest.raises(UserError, match=r"captured .operation .* capturing\); .* without --graph"):
         step(torch.ones(2))
 
 
-@pytest.mark.parametrize("flags", [{"device": "cpu"}, {"device": "mps"}, {"eager": True},
-                                   {"compile": True}, {"ranks": 2}])
-def test_elsewhere_the_step_is_left_as_it_is(flags, gpu, monkeypatch):
+@pytest.mark.parametrize("flags", [{"device": "cpu"}, {"ranks": 2}, {"hip": "6.0"}])
+def test_elsewhere_the_step_is_left_as_it_is_with_a_line(flags, gpu, monkeypatch, capsys):
+    assert graphed(train, SimpleNamespace(device="cuda:0", graph=False)) is train
+    args = SimpleNamespace(device=flags.get("device", "cuda:0"), graph=True)
+    assert graphed(train, GPU) is not train             # a control
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr(common, "world_size", lambda: flags.get("ranks", 1))
-    args = SimpleNamespace(**{"device": "cuda:0", "eager": False, "compile": False, **flags})
-    assert captured(train, args) is train
-    monkeypatch.setattr(common, "world_size", lambda: 1)
-    args = SimpleNamespace(device="cuda:0", eager=False, compile=False)
-    assert captured(train, args) is not train           # a control
+    monkeypatch.setattr(torch.version, "hip", flags.get("hip"))
+    assert graphed(train, args) is train and "--graph is ignored" in capsys.readouterr().out

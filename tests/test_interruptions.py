@@ -1,4 +1,4 @@
-"""Killed at any moment, short of disk, or two at once: it ends as an unhindered run does."""
+"""Killed at any moment, stopped, or two at once: it ends as an unhindered run does."""
 import json
 import os
 import signal
@@ -11,25 +11,36 @@ from functools import partial
 import pytest
 import torch
 
+import byol_disc
 import common
-from common import UserError
+import linear_eval
+from common import load_images
 from conftest import ROOT
-from processes import run, start, wait
+from processes import TINY, run, start, wait
 
 RUN = ["--run-dir", "run"]
 BANK = [*RUN, "--use", "dataset", "--steps", "6", "--subset", "32"]
 
 
 def tensors(directory):
-    """All tensors and numbers of the EBM, the generated images and the last checkpoint."""
+    """All tensors and numbers of the EBM, the generated images and the last checkpoint's state."""
     files = [directory / "ebm.pt", *sorted((directory / "run").glob("*.pt"))]
-    tree = [torch.load(path, weights_only=True) for path in files]
-    return torch.utils._pytree.tree_leaves(tree)
+    trees = [torch.load(path, weights_only=True) for path in files]
+    for tree in trees:
+        tree.pop("log", None)                           # it has times
+    return torch.utils._pytree.tree_leaves(trees)
 
 
 def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+
+
+def rows(log):
+    """The rows of a log.jsonl, without times and speeds, and without what a run started with."""
+    rows = map(json.loads, log.read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_s")}
+            for row in rows if "argv" not in row]
 
 
 def in_a_loop(command):
@@ -55,16 +66,59 @@ def main():
 
 def test_ctrl_c_ends_a_loop_of_runs():
     said, status = in_a_loop(f"import sys, time, common{MAIN}\ncommon.launch(main)")
-    assert said.startswith("begun\n\nstopped: the same command goes on") and said.count("\n") == 3
-    assert status == -signal.SIGINT
+    assert said.count("begun") == 1 and status == -signal.SIGINT
     exits = "\ntry:\n  main()\nexcept KeyboardInterrupt:\n  sys.exit(130)"
     assert in_a_loop(f"import sys, time{MAIN}{exits}") == ("begun\nbegun\n", 0)     # a control
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """`train(*flags)` trains byol_disc's baseline here, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(linear_eval.METRICS, "linear", partial(linear_eval.linear_accuracy,
+                                                               epochs=2))
+    monkeypatch.setattr(common, "draw_shapes", partial(
+        lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes))
+    load_images.cache_clear()
+
+    def train(*flags, main=byol_disc.main):
+        monkeypatch.setattr(sys, "argv", ["byol_disc.py", *TINY, "--coeff", "0", *flags])
+        common.launch(main)
+    yield train
+    load_images.cache_clear()
+
+
+def test_a_loop_over_seeds_in_one_process_trains_every_seed(train, tmp_path, capsys):
+    """Also one whose first seed is finished already, which is shown and not trained again."""
+    train("--run-dir", "0")
+    first = (tmp_path / "0" / "checkpoint.pt").stat().st_mtime_ns
+    for seed in range(3):
+        train("--seed", str(seed), "--run-dir", str(seed))
+    assert all((tmp_path / str(seed) / "eval.json").exists() for seed in range(3))
+    assert first == (tmp_path / "0" / "checkpoint.pt").stat().st_mtime_ns
+    assert capsys.readouterr().out.count("0 is finished; test accuracy: linear ") == 1
+    weights = [torch.load(tmp_path / str(seed) / "checkpoint.pt")["model"] for seed in range(3)]
+    assert not torch.equal(*(w["encoder.net.0.weight"] for w in weights[:2]))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_notebook_may_run_a_stopped_cell_again(error, train, tmp_path, monkeypatch):
+    """It keeps the exception, and with it what the run held."""
+    def stop(*_):
+        raise error
+    with monkeypatch.context() as patch:
+        patch.setattr(byol_disc, "target_tau", stop)
+        with pytest.raises(error) as kept:
+            train("--run-dir", "run")
+    train("--run-dir", "run")
+    assert kept.value and (tmp_path / "run" / "eval.json").exists()
 
 
 @contextmanager
 def halted(process, path):
     """Halt the process as soon as the file is there."""
     while not path.exists():
+        assert process.exitcode is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
     yield
@@ -72,14 +126,15 @@ def halted(process, path):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
-    """Before each renaming and each line of a log, from the EBM's first to the last."""
+    """Before each renaming of a file, from the EBM's first to the last; and with the same log."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert run("byol_langevin", whole, *BANK, moment="each") == 0
+    assert run("byol_langevin", whole, *BANK, moment="each") == 0, (whole / "err").read_text()
     expected, states = tensors(whole), set()
     copies = [tmp_path / str(n + 1) for n in range(int((whole / "moments").read_text()))]
     saved = torch.load(whole / "run" / "checkpoint.pt", weights_only=True)
     assert saved["schedule"]["last_epoch"] == 2 * (32 + 32) // 16       # steps over both halves
+    assert [row["epoch"] for row in rows(whole / "run" / "log.jsonl")] == [0, 1, 2]
 
     for pair in zip(copies[::2], [*copies[1::2], None]):                # two at a time
         pair = [directory for directory in pair if directory]
@@ -88,11 +143,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
         for process, directory in zip(resumed, pair):
             assert wait(process) == 0, (directory / "err").read_text()
             assert same(tensors(directory), expected), f"killed at {directory.name}"
-            log = (directory / "run" / "log.jsonl").read_text().splitlines()
-            assert [row["epoch"] for row in map(json.loads, log) if "epoch" in row] == [1, 2]
+            for log in ("ebm.ebm/log.jsonl", "run/log.jsonl"):
+                assert rows(directory / log) == rows(whole / log)
             assert not list(directory.glob("**/*.new"))
-    assert {f"{name}.new" for name in ("ebm", "config", "langevin", "chain", "generated",
-                                       "checkpoint", "eval")} <= states
+    assert {f"{name}.new" for name in ("ebm", "config", "log", "langevin", "chain", "generated",
+                                       "samples", "checkpoint", "eval")} <= states
     assert run("byol_langevin", tmp_path, *BANK, "--seed", "1") == 0
     assert not same(tensors(tmp_path), expected)                        # a control: it can differ
 
@@ -102,7 +157,8 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
     first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "5")
     with halted(first, tmp_path / "ebm.ebm" / "checkpoint.pt"):
         second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "5")
-        while "ebm.ebm: waiting for the process" not in out.read_text():
+        while "ebm.pt: waiting for another process" not in out.read_text():
+            assert second.exitcode is None
             time.sleep(0.01)
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
     assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 64
@@ -120,19 +176,25 @@ def test_two_processes_cannot_be_at_one_run(flags, file, tmp_path):
         assert run("byol_disc", tmp_path, *flags) == 2
     assert wait(first) == 0
     err = (tmp_path / "err").read_text()
-    assert err.startswith("error: run: another process is at this run") and err.count("\n") == 1
+    assert err.startswith("error: run: another process") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("full")])
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, error):
-    path = tmp_path / "checkpoint.pt"
-    common.save(path, config={"seed": 0})
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json", "log.jsonl", "langevin.png"])
+def test_a_full_disk_leaves_what_was_there(name, tmp_path, monkeypatch):
+    content = [torch.zeros(3, 8, 8) if name.endswith("png") else [{"seed": i}] for i in (0, 1)]
+    path, error = tmp_path / name, OSError(28, "No space left on device")
+    common.save(path, content[0])
     before = path.read_bytes()
 
-    def fill(content, file):
-        file.write_bytes(b"half")
+    def fill(*args, **kwargs):
+        (tmp_path / f"{path.stem}.new").write_bytes(b"half")
         raise error
     monkeypatch.setattr(torch, "save", fill)
-    with pytest.raises(UserError, match="cannot be written .*; what was there still is"):
-        common.save(path, config={"seed": 1})
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+    monkeypatch.setattr(common, "save_image", fill)
+    monkeypatch.setattr(type(path), "write_text", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        common.save(path, content[1])
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    common.save(path, content[0])                       # the same command goes on
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]

@@ -223,13 +223,14 @@ def row_labels(rows, any_code=False):
 
 
 def by_seed(rows, names):
-    """{label: {seed: accuracies}}; of two runs with the same label and seed, the first counts."""
+    """{label: {(machine, seed): accuracies}}; of two runs with the same label and seed, the first
+    counts. Results files of several machines have seeds of their own."""
     groups = {}
     for name, (config, result) in zip(names, rows):
-        seeds = groups.setdefault(name, {})
-        if config["seed"] in seeds:
+        seeds, seed = groups.setdefault(name, {}), (config.get("machine"), config["seed"])
+        if seed in seeds:
             show(f"{config['run_dir']}: left out, as another run has its settings and seed")
-        seeds.setdefault(config["seed"], result)
+        seeds.setdefault(seed, result)
     return groups
 
 
@@ -257,13 +258,16 @@ def studentized_range(rows, freedom):
 
 def table(rows, untrained, split, any_code=False):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one for its
-    difference to the first setting, paired by seed, with the pooled standard error."""
+    difference to the first setting, of the same machine, paired by seed, with the pooled error."""
     names, shared = row_labels(rows, any_code)
-    groups = by_seed(rows, names)
-    first, epochs, data = groups[names[0]], rows[0][0].get("epochs"), rows[0][1].get("data")
-    alike = {name: groups[name] for name, (config, result) in zip(names, rows)
-             if config.get("epochs") == epochs and result.get("data") == data}
-    comparable = {name for name, (_, result) in zip(names, rows) if result.get("data") == data}
+    groups, first, comparable, alike = by_seed(rows, names), {}, {}, {}
+    for name, (config, result) in zip(names, rows):
+        kind = result.get("data"), config.get("epochs")
+        baseline, (data, epochs) = first.setdefault(config.get("machine"), (groups[name], kind))
+        if result.get("data") == data:
+            comparable[name] = baseline
+            if config.get("epochs") == epochs:
+                alike[name] = groups[name]
     error = {metric: pooled(alike, metric) for metric in METRICS}
     freedom = error["linear"][1]
     critical = studentized_range(len(comparable), freedom) if freedom > 1 else math.inf
@@ -276,10 +280,10 @@ def table(rows, untrained, split, any_code=False):
             cells.append("-" if None in values else f"{mean(values):.2f}{spread}")
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
 
-    def difference(seeds):
-        paired, cells = seeds.keys() & first.keys(), []
+    def difference(seeds, baseline):
+        paired, cells = seeds.keys() & baseline.keys(), []
         for metric, (sd, _) in error.items():
-            pairs = [(seeds[seed][metric], first[seed][metric]) for seed in paired]
+            pairs = [(seeds[seed][metric], baseline[seed][metric]) for seed in paired]
             if any(None in pair for pair in pairs):
                 cells.append("-")
                 continue
@@ -295,9 +299,9 @@ def table(rows, untrained, split, any_code=False):
     lines = ["| run | linear | 5-NN | cosine kNN | seeds |", "|---|---|---|---|---|"]
     for label, seeds in groups.items():
         lines.append(line(label, list(seeds.values())))
-        has_difference = label in comparable and seeds is not first and seeds.keys() & first.keys()
-        if freedom > 1 and has_difference:
-            lines.append(difference(seeds))
+        baseline = comparable.get(label, {})
+        if freedom > 1 and seeds is not baseline and seeds.keys() & baseline.keys():
+            lines.append(difference(seeds, baseline))
         if untrained and all("untrained" in result for result in seeds.values()):
             lines.append(line(f"{label}, untrained encoder",
                               [result["untrained"] for result in seeds.values()]))
@@ -306,9 +310,10 @@ def table(rows, untrained, split, any_code=False):
     if any(result["knn_cosine"] is None for _, result in rows):
         lines.append("cosine kNN is -: its 200 neighbours are over a tenth of the training images.")
     if freedom > 1:
-        lines.append(f"± of a difference: pooled over {these(alike)} and their seeds, {freedom} "
-                     "degrees of freedom. * significant at 95 %, corrected for all pairs of "
-                     f"{these(comparable)} (Tukey's HSD).")
+        sd = ", ".join(f"{sd:.2f}" for sd, _ in error.values())
+        lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
+                     f"{these(alike)} and their seeds, {freedom} degrees of freedom. * significant "
+                     f"at 95 %, corrected for all pairs of {these(comparable)} (Tukey's HSD).")
     elif len(groups) > 1:
         lines.append(f"No differences: their error would have {freedom} degrees of freedom, and "
                      "needs 2. Add a seed, or a setting with as many epochs.")
@@ -332,12 +337,13 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     prepare_device(args)
-    rows, problems = [], []
+    rows, problems, files = [], [], [path for path in args.paths if path.suffix == ".jsonl"]
     for path in args.paths:
         path = path.expanduser()
         try:
             if path.suffix == ".jsonl":
-                rows += read_rows(path)
+                machine = {"machine": path.stem} if len(files) > 1 else {}
+                rows += [(config | machine, result) for config, result in read_rows(path)]
             elif path.suffix == ".pt":
                 rows += evaluate_ebm(path, args)
             elif path.suffix != ".ebm":

@@ -143,10 +143,10 @@ def curves():
         times = [wait + epoch * row["config"]["subset"] / speed / 60 for epoch in epochs]
         over_epochs.append((color, epochs, knn))
         over_minutes.append((color, [0, *times], [knn[0], *knn]))
-        x, y = 40 + 205 * (i % 3), 368 + 24 * (i // 3)
+        x, y = 40 + 190 * (i % 3), 368 + 24 * (i // 3)
         svg += [line([(x, y), (x + 22, y)], color, 4), text(x + 28, y + 5, label, "start")]
     for left, title, panel in [(40, "epochs", over_epochs),
-                               (360, "minutes on one core, with the EBM's", over_minutes)]:
+                               (360, "minutes of one core, EBM included", over_minutes)]:
         xs, ys = (np.concatenate([curve[i] for curve in panel]) for i in (1, 2))
         parts, at = axes(left, 40, 265, xs, ys, title)
         svg += parts + [line(map(at, xs, ys), color, 2.5) for color, xs, ys in panel]
@@ -191,11 +191,11 @@ def measure(file):
         name, found = name_of(config), []
         alike = all(config.get(flag) == first.get(flag) for flag in PAIRED)
         kind, _, shift = name.partition(", seed ")          # a teacher of another seed
-        for seed, result in groups[label].items():
+        for (machine, seed), result in groups[label].items():
             features = own[kind, seed + int(shift or 0), *map(config.get, PAIRED[:2])]
-            if alike and len(features) == 1 and seed in baseline:
+            if alike and len(features) == 1 and (machine, seed) in baseline:
                 found.append((features[0]["linear"], features[0]["knn5"],
-                              result["linear"] - baseline[seed]["linear"]))
+                              result["linear"] - baseline[machine, seed]["linear"]))
             else:
                 print(f"{file}: {name}, seed {seed}, is left out: it needs one accuracy of its "
                       f"features (there are {len(features)}) and a baseline of its seed and flags")
@@ -222,17 +222,19 @@ def scatter(file, *others):
         slope, start = np.polyfit(known, values, 1)
         parts.append(line([at(x, start + slope * x) for x in (min(known), max(known))], "#aaa", 1))
         for i in np.argsort(differences)[::-1]:             # from the top
-            (x, y), name = at(xs[i], differences[i]), names[i].removeprefix("discriminator, ")
+            (x, y), bar = at(xs[i], differences[i]), (differences[i] - errors[i],
+                                                      differences[i] + errors[i])
+            name = names[i].removeprefix("discriminator, ")
             color, rounded = (RED, 6) if name != names[i] else (BLUE, 0)
-            fill, label_y = color if i < len(filled) else "white", max(y + 5, label_y + 16)
+            fill, label_y = color if i < len(filled) else "white", max(y + 5, label_y + 18)
             name = name.replace("simclr_disc of", "SimCLR,").replace("byol_disc of", "BYOL,")
-            parts += [line([at(xs[i], differences[i] + e) for e in (-errors[i], errors[i])], color, 2),
+            parts += [line([at(xs[i], end) for end in bar], color, 2),
                       f'<rect x="{x - 6:.1f}" y="{y - 6:.1f}" width="12" height="12" '
-                      f'rx="{rounded}" stroke="{color}" fill="{fill}"/>',
-                      text(x + 12, label_y, name, "start") if x < 400 else
+                      f'rx="{rounded}" stroke="{color}" stroke-width="2" fill="{fill}"/>',
+                      text(x + 12, label_y, name, "start") if x + 7 * len(name) < 700 else
                       text(x - 12, label_y, name, "end")]
         svg += parts
-    write_svg("scatter.svg", 660, 740, svg)
+    write_svg("scatter.svg", 720, 740, svg)
 
 
 # --- What an encoder tells of other images ----------------------------------------------------

@@ -66,11 +66,11 @@ def wait(process):
     return process.exitcode
 
 
-def ranks(script, directory, *flags, own=((), ()), moments=(None, None)):
-    """Two ranks of the script, as torchrun starts them, each with flags of its own."""
+def ranks(script, directory, *flags, moments=(None, None)):
+    """Two ranks of the script, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return [start(script, directory, *flags, *own[rank], moment=moments[rank], RANK=str(rank),
-                  WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [start(script, directory, *flags, moment=moments[rank], RANK=str(rank), WORLD_SIZE="2",
+                  LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
             for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: one directory, killed and resumed, and ended by a rank that fails."""
+"""Whole runs on two ranks: in one directory, killed and resumed, or ended by a rank that fails."""
 import json
 
 import pytest
@@ -9,32 +9,32 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import common
 import simclr_disc
-from processes import ranks, wait, work
+from processes import ranks, run, wait, work
 
 RUN = ["--run-dir", "run"]
 LANGEVIN = [*RUN, "--steps", "2"]
+LONG = [*RUN, "--coeff", "0", "--epochs", "100"]
 
 
 @pytest.mark.parametrize("script, flags, second_epoch", [
-    ("simclr_disc", RUN, 5), ("byol_disc", RUN, 5),
-    ("simclr_langevin", LANGEVIN, 8), ("byol_langevin", LANGEVIN, 8)])
+    ("simclr_disc", RUN, 7), ("byol_disc", RUN, 7),
+    ("simclr_langevin", LANGEVIN, 9), ("byol_langevin", LANGEVIN, 9)])
 def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_path):
+    """The rank that lives on ends, too, with torch's own message."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for directory in (whole, killed):
         directory.mkdir()
     assert [wait(rank) for rank in ranks(script, whole, *flags)] == [0, 0]
     log = (whole / "run" / "log.jsonl").read_text().splitlines()
-    assert [row["epoch"] for row in map(json.loads, log) if "epoch" in row] == [1, 2]
-    assert (whole / "out").read_text().count("each normalises by the statistics") == 1
+    assert [row["epoch"] for row in map(json.loads, log) if "epoch" in row] == [0, 1, 2]
+    assert (whole / "out").read_text().count("BatchNorm is not synchronised") == 1
     assert (whole / "run" / "eval.json").exists()
 
     (killed / "ebm.pt").write_bytes((whole / "ebm.pt").read_bytes())
     both = ranks(script, killed, *flags, moments=(second_epoch, None))
-    assert wait(both[0]) == -9
-    assert wait(both[1]) == 2
-    assert (killed / "err").read_text() == "error: another rank has ended; its own line says why\n"
+    assert wait(both[0]) == -9 and wait(both[1]) == 1
     saved = torch.load(killed / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["done"] == 1 and saved["ranks"] == 2
+    assert saved["done"] == 1
     assert [wait(rank) for rank in ranks(script, killed, *flags)] == [0, 0]
     expected, resumed = (torch.load(directory / "run" / "checkpoint.pt", weights_only=True)["model"]
                          for directory in (whole, killed))
@@ -42,23 +42,11 @@ def test_a_run_on_two_ranks_killed_and_resumed(script, flags, second_epoch, tmp_
     assert not all(torch.equal(expected[name], saved["model"][name]) for name in expected)
 
 
-@pytest.mark.parametrize("own, lines", [
-    ((["--subset", "32"], []), 2 * ["error: rank 1, unlike rank 0: made with --subset 64, not 32"]),
-    (([], ["--dataset", "folder"]), ["error: --data-dir data: has no train/<class>/*",
-                                     "error: another rank has ended; its own line says why"])])
-def test_a_mistake_on_one_rank_ends_both_at_once(own, lines, tmp_path):
-    assert [wait(rank) for rank in ranks("common", tmp_path, own=own)] == [2, 2]
-    said = sorted((tmp_path / "err").read_text().splitlines())
-    assert len(said) == 2 and all(map(str.startswith, said, lines)), said
-    assert not (tmp_path / "ebm.ebm").exists()
-
-
 def test_the_ebm_alone_on_two_ranks(tmp_path):
     assert [wait(rank) for rank in ranks("common", tmp_path)] == [0, 0], (
         tmp_path / "err").read_text()
     assert (tmp_path / "out").read_text().count("iteration 2/2 ") == 1
-    assert [wait(rank) for rank in ranks("linear_eval", tmp_path, "ebm.pt")] == [2, 2]
-    assert "without torchrun" in (tmp_path / "err").read_text()
+    assert (tmp_path / "ebm.pt").exists()
 
 
 def failing(directory):
@@ -72,13 +60,18 @@ def failing(directory):
         return z_std(z)
 
     simclr_disc.z_std = fail
-    work("simclr_disc", [*RUN, "--coeff", "0", "--epochs", "100"], directory)
+    work("simclr_disc", LONG, directory)
 
 
 def test_a_rank_that_raises_ends_the_job(tmp_path):
-    """By torchrun's own launcher, though the other rank has 100 epochs to go."""
+    """By torchrun's own launcher, though the other rank has 100 epochs to go; no lone process can
+    go on with it."""
     job = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
                        start_method="forkserver", logs_specs=DefaultLogsSpecs(tmp_path / "logs"))
     with pytest.raises(ChildFailedError):
         elastic_launch(job, failing)(tmp_path)
-    assert (tmp_path / "failed").exists() and not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert (tmp_path / "failed").exists()
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["done"] == 0
+    assert run("simclr_disc", tmp_path, *LONG) == 2
+    assert "run: made with --ranks 2, not 1" in (tmp_path / "err").read_text()

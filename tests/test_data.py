@@ -215,7 +215,8 @@ def test_shapes_do_not_depend_on_the_cpu(tmp_path):
 
 def test_subset_does_not_depend_on_the_seed():
     def images(*flags):
-        return training_images(parse_flags(make_parser("x", "x.py"), ["--dataset", "synthetic", *flags]))
+        parser = make_parser("x", "x.py")
+        return training_images(parse_flags(parser, ["--dataset", "synthetic", *flags]))
 
     fifty = images("--subset", "50")
     assert torch.equal(fifty, images("--subset", "50", "--seed", "3")) and len(fifty) == 50

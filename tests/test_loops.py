@@ -198,6 +198,34 @@ def test_a_run_in_fp16_scales_its_loss_and_resumes_exactly(program, monkeypatch)
     assert not same(saved, train(byol_disc, args, images, f)[0])
 
 
+def test_the_untrained_encoder_is_the_very_network_that_is_trained(program, monkeypatch):
+    """An encoder of a script's own, whose constructor takes other arguments, with weights that
+    are changed after it."""
+    class Own(Tiny):
+        def __init__(self, path, depth):
+            super().__init__(depth)
+
+    def pretrained(width):
+        encoder, g = Own("weights.pt", depth=width), torch.Generator().manual_seed(9)
+        encoder.net[2].weight.data = torch.randn(64, 192, generator=g)
+        return encoder
+
+    def linear(encoder):
+        (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
+        return pytest.approx(fingerprint(extract_features(encoder, x), y,
+                                         extract_features(encoder, test_x), test_y), rel=1e-4)
+
+    monkeypatch.setattr(byol_disc, "Encoder", pretrained)
+    args, _ = program(byol_disc, "--coeff 0")
+    byol_disc.main()
+    _, start, *_ = map(json.loads, open("run/log.jsonl"))
+    torch.manual_seed(args.seed)
+    encoder = byol_disc.BYOL(args, None).encoder
+    assert start["linear"] == linear(encoder)
+    assert start["linear"] != linear(Own("weights.pt", 8))
+    assert json.loads(open("run/eval.json").read())["untrained"]["linear"] == start["linear"]
+
+
 def test_faults_of_a_loop_are_noticed(program):
     args, images = program(byol_disc, "--coeff 0.5 --tau 0.9 --schedule cosine")
     f = common.train_ebm(images, args)

@@ -1,33 +1,49 @@
-"""A run as a user types it: to the end, killed and resumed, repeated, and with a flag changed."""
+"""A run as a user types it: to the end, repeated, with a flag, its code or its data changed."""
 import importlib
 import json
 import math
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import Timeout
+from filelock import FileLock
 from PIL import Image
 
 import common
 import linear_eval
 import processes
-from common import Discriminator, Encoder, Run, Training, UserError, draw_shapes, save
+from common import Discriminator, Encoder, Progress, Run, UserError, draw_shapes, save
+from conftest import ROOT
 
-FIVE, MADE = ["--epochs", "5", "--run-dir", "run"], {"version": 2, "device": "cpu"}
+FIVE = ["--epochs", "5", "--run-dir", "run"]
+PLAIN = ["--coeff", "0", "--run-dir"]
 
 
-def finish(script, directory, *flags):
+def finish(script, directory, *flags, start=processes.run):
     """Its exit status, and what it adds to stdout and stderr."""
     before = [len(text(directory, name)) for name in ("out", "err")]
-    status = processes.run(script, directory, *flags)
+    status = start(script, directory, *flags)
     return status, *(text(directory, name)[n:] for name, n in zip(("out", "err"), before))
+
+
+def from_copy(place, *work):
+    for name in ("common", "linear_eval", "processes"):
+        del sys.modules[name]
+    sys.path.insert(0, str(place))
+    importlib.import_module("processes").work(*work)
+
+
+def run_copy(script, directory, *flags, place, moment=None):
+    """Exit status of the script that is in the directory `place`, with a common.py of its own."""
+    process = processes.CONTEXT.Process(target=from_copy, args=(
+        place, script, flags, directory, moment))
+    process.start()
+    return processes.wait(process)
 
 
 def text(directory, name):
@@ -36,6 +52,11 @@ def text(directory, name):
 
 def weights(directory):
     return torch.load(directory / "run" / "checkpoint.pt", weights_only=True)["model"]
+
+
+def log_of(directory):
+    rows = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    return [row.get("epoch") for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +69,17 @@ def test_a_run_leaves_what_the_design_says(whole):
     directory, status, out, err = whole
     assert status == 0, err
     run = directory / "run"
-    names = sorted(path.name for path in run.iterdir())
-    assert names == [".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl"]
-    header, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    config = json.loads((run / "config.json").read_text())
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl",
+        f"source-{config['code']}"}
+    for name in ("common.py", "byol_disc.py"):
+        copy = run / f"source-{config['code']}" / name
+        assert copy.read_text() == (ROOT / name).read_text()
+    header, floor, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
     assert header["threads"] >= 1 and header["cpu"] == torch.backends.cpu.get_cpu_capability()
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in [floor, *rows]] == [0, 1, 2, 3, 4, 5]
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
         rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
@@ -62,57 +88,58 @@ def test_a_run_leaves_what_the_design_says(whole):
     start, end = Encoder(8).net[0].weight, weights(directory)
     online, target = end["encoder.net.0.weight"], end["target_encoder.net.0.weight"]
     assert not any(map(torch.equal, [online, target, target], [start, start, online]))
-    result = json.loads((run / "eval.json").read_text())
-    metrics = {"linear", "knn5", "knn_cosine"}
-    assert set(result) == metrics | {"split", "data", "untrained"}
-    assert set(result["untrained"]) == metrics
-    assert json.loads((run / "config.json").read_text())["computed_in"] == "fp32"
-    assert out.count("epoch ") == 5 and "trained   encoder" in out
+    result, metrics = json.loads((run / "eval.json").read_text()), {"linear", "knn5", "knn_cosine"}
+    assert set(result) == metrics | {"split", "data", "evaluation", "untrained"}
+    assert result["untrained"] == {name: floor[name] for name in metrics}
+    assert config["precision"] == "fp32" and config["ranks"] == 1
+    assert out.count("epoch ") == 5 and "test accuracy: linear" in out
 
 
 def test_a_finished_run_says_so_and_stops(whole):
     directory = whole[0]
     before = (directory / "run" / "log.jsonl").read_bytes()
     status, out, _ = finish("byol_disc", directory, *FIVE)
-    assert status == 0 and "is finished\ntrained   encoder: linear" in out
+    assert status == 0 and "is finished; test accuracy: linear" in out
     assert (directory / "run" / "log.jsonl").read_bytes() == before
+    status, _, err = finish("byol_disc", directory, *FIVE, "--coeff", "0.2")
+    assert status == 2 and err.startswith("error: run: made with --coeff 0.1, not 0.2;")
+    assert "--run-dir" in err and err.count("\n") == 1
 
 
-def test_other_flags_are_refused(whole):
-    status, _, err = finish("byol_disc", whole[0], *FIVE, "--coeff", "0.2")
-    assert status == 2 and err == ("error: run: made with --coeff 0.1, not 0.2; name another "
-                                   "--run-dir, --ebm or --data-dir, or use the same flags\n")
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A function that makes a Run on 64 gray images, whose evaluation gives `accuracy`."""
+    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
+    images = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8)
+
+    def make(accuracy=50.0, **flags):
+        args = SimpleNamespace(**{**dict(
+            run_dir=str(tmp_path / "run"), file=common.__file__, dataset="synthetic", data_dir="",
+            seed=0, device="cpu", precision="fp32", batch_size=8, epochs=2, lr=1.0, eval_every=0),
+            **flags})
+        return Run(args, images, lambda *_, **__: {"linear": accuracy})
+    return make
 
 
-def test_stopped_by_a_signal_it_says_how_to_go_on(whole, tmp_path):
-    (tmp_path / "ebm.pt").write_bytes((whole[0] / "ebm.pt").read_bytes())
-    log = tmp_path / "run" / "log.jsonl"
-    process = processes.start("byol_disc", tmp_path, *FIVE, "--eval-every", "1")     # not at once
-    while process.is_alive() and not (log.exists() and '"epoch": 2' in log.read_text()):
-        time.sleep(0.002)
-    process.terminate()
-    assert processes.wait(process) == -signal.SIGTERM
-    assert text(tmp_path, "err").strip() == ("stopped: the same command goes on from the last "
-                                             "checkpoint, if any (one a minute)")
-    interrupted = weights(tmp_path)
-    status, out, err = finish("byol_disc", tmp_path, *FIVE)
-    assert status == 0, err
-    assert "epoch 1/5" not in out
-    expected, resumed = weights(whole[0]), weights(tmp_path)
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    assert not all(torch.equal(expected[name], interrupted[name]) for name in expected)
-    log = log_of(tmp_path)
-    assert log.count(None) == 2 and [epoch for epoch in log if epoch] == [1, 2, 3, 4, 5]
+def network():
+    """A model with an encoder, and its optimizer."""
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    model.encoder = model["encoder"]
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
 
 
-def test_chain_of_a_langevin_run(tmp_path):
+def one_step(run, loss=1.0):
+    for p in run.model.parameters():
+        p.grad = torch.ones_like(p)
+    run.log(loss=torch.tensor(loss), z_std=torch.tensor(1.0))
+
+
+def test_chain_of_a_langevin_run(stub, tmp_path):
     """I_0 has the error of its noise; steps of noise alone add theirs; the picture shows them."""
-    args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
-                           device="cpu", precision="fp32", batch_size=8, alpha=0.6, steps=12,
-                           step_size=0.0, noise_std=1.0, noise_unit=0.02, grad_clip=0.01)
     x, f = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8), Discriminator(8)
-    Run(args, x, None).save_chain(f, x)
+    stub(alpha=0.6, steps=12, step_size=0.0, noise_std=1.0, noise_unit=0.02,
+         grad_clip=0.01).save_chain(f, x)
     chain = json.loads((tmp_path / "run" / "chain.json").read_text())
     assert chain["steps"] == [0, 5, 10, 12]
     expected = [-10 * math.log10(0.4 ** 2 / 12 + step * 0.02 ** 2) for step in chain["steps"]]
@@ -124,132 +151,252 @@ def test_chain_of_a_langevin_run(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["at its second step", "after its last"])
-def test_what_is_not_finite_stops_the_run_and_is_not_kept(tmp_path, monkeypatch, when):
+def test_what_is_not_finite_stops_the_run_and_is_not_kept(stub, tmp_path, when):
     """Whether a loss says so, or only the weights that the last step leaves."""
-    args = SimpleNamespace(run_dir=str(tmp_path / "run"), dataset="synthetic", data_dir="", seed=0,
-                           device="cpu", precision="fp32", batch_size=8, epochs=2, lr=1.0,
-                           eval_every=0)
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
-    run, model = Run(args, torch.zeros(8), None), torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(UserError, match="not finite at step 2 of epoch 2, .*; try a smaller one"):
-        for epoch in run.epochs(model=model, optimizer=optimizer):
+    run, state = stub(), network()
+    with pytest.raises(UserError, match="--lr 1.0: .* not finite after epoch 2, .*--run-dir"):
+        for epoch in run.epochs(**state):
             for step in (1, 2):
-                loss = float("nan") if (epoch, step, when[:2]) == (2, 2, "at") else 1.0
-                run.log(loss=torch.tensor(loss), z_std=torch.tensor(1.0))
+                one_step(run, float("nan") if (epoch, step, when[:2]) == (2, 2, "at") else 1.0)
             if epoch == 2 and when.startswith("after"):
-                model.weight.data[0, 0] = float("inf")
+                run.model["head"].weight.data[0, 0] = float("inf")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["done"] == 1 and saved["model"]["weight"].isfinite().all()
+    assert saved["done"] == 1 and saved["model"]["head.weight"].isfinite().all()
 
 
-def test_a_checkpoint_of_other_code_is_refused(tmp_path):
-    training = Training(tmp_path, MADE)
-    save(tmp_path / "checkpoint.pt", config=MADE, done=1, ranks=1,
-         model=torch.nn.Linear(2, 2).state_dict())
-    assert training.restore({"model": torch.nn.Linear(2, 2)}) == 1
+def test_the_floor_is_measured_at_the_start_and_kept(stub, tmp_path):
+    """Also by a run that was stopped in its first epoch, or later."""
+    for stop, accuracy in [(1, 20.0), (2, 30.0), (3, 40.0)]:
+        run = stub(accuracy)
+        for epoch in run.epochs(**network()):
+            if epoch == stop:
+                break
+            one_step(run)
+        run.lock.release()
+    run.finish(None)
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["linear"] == 40.0 and result["untrained"]["linear"] == 20.0
+    assert log_of(tmp_path / "run")[:2] == [None, 0]
+
+
+def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub):
+    """A BatchNorm in it does not drift; who changes it all the same is told so."""
+    frozen = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    for fault, said in [(None, ""), ("train", "stay frozen"), ("weight", "stay frozen")]:
+        run, f = stub(run_dir=f"{stub().path}-{fault}"), frozen.train().requires_grad_(True)
+        assert run.freeze(f) is f and not f.training and not f[1].training
+        assert not any(p.requires_grad for p in f.parameters())
+        if fault == "train":
+            f.train()
+        with pytest.raises(UserError, match=said) if said else nullcontext():
+            for _ in run.epochs(**network()):
+                f(torch.randn(8, 2))
+                f[0].weight.data += fault == "weight"
+                one_step(run)
+        run.lock.release()
+
+
+def test_a_parameter_without_gradient_is_named(stub, capsys, monkeypatch):
+    run, state = stub(), network()
+    for _ in run.epochs(**state):
+        for p in run.model["head"].parameters():
+            p.grad = torch.ones_like(p)
+        run.log(loss=torch.tensor(1.0), z_std=torch.tensor(1.0))
+    out = capsys.readouterr().out
+    assert "encoder.weight, encoder.bias" in out and "head" not in out
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    run.steps = []
+    with pytest.raises(UserError, match="several processes cannot train.*encoder.weight"):
+        run.log(loss=torch.tensor(1.0))
+
+
+def test_another_process_at_a_run_is_a_line(stub, tmp_path):
+    run = stub()
+    with pytest.raises(UserError, match="another process is using this run; .*--run-dir"):
+        stub()
+    run.lock.release()
+    stub()                                                              # a control
+
+
+def test_a_checkpoint_of_another_network_is_not_called_damaged(tmp_path):
+    config, model = {"code": "1234abcd"}, torch.nn.Linear(2, 2)
+    Progress(tmp_path, config, "epoch", 1, {"model": model}).write()
     for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
-        with pytest.raises(UserError, match="not a whole file of ours .* of older code"):
-            training.restore({"model": other})
+        with pytest.raises(UserError, match="checkpoint.pt: .* another network .*1234abcd"):
+            Progress(tmp_path, config, "epoch", 1, {"model": other})
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(UserError, match="checkpoint.pt: damaged"):
+        Progress(tmp_path, config, "epoch", 1, {"model": model})
 
 
 @pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
-def test_every_flag_but_six_tells_runs_apart(script, tmp_path, monkeypatch):
+def test_every_flag_but_those_of_places_tells_runs_apart(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run-dir", str(tmp_path / "run"), "--ebm",
                                       str(tmp_path / "ebm.pt")])
     flags = vars(importlib.import_module(script).parse())
-    where = ("run_dir", "data_dir", "ebm", "device", "eval_every", "eager")
+    flags = {**flags, "images": 1, "data": 2, "f": 3, "ranks": 1}
+    where = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file"}
     for flag, value in flags.items():
-        with (nullcontext() if flag in where else
-              pytest.raises(UserError, match="other code" if flag == "version" else
-                            f"made with --{flag.replace('_', '-')} other, not {value}")):
-            common.same_config("run", {**flags, flag: "other"}, flags)
+        if flag == "defaults":
+            continue
+        with nullcontext() if flag in where else pytest.raises(UserError, match="made with"):
+            common.check_config("run", {**flags, flag: "other"}, flags)
     assert len(flags) > 20
 
 
-def test_another_number_of_ranks_is_refused(tmp_path):
-    training, model = Training(tmp_path, MADE), torch.nn.Linear(2, 2)
-    for _ in training.rounds("epoch", 1, 1, {"model": model}):
-        training.log(loss=torch.tensor(1.0))
-        training.keep(training.means(), "")
-    training.ranks = 2
-    with pytest.raises(UserError, match="checkpoint.pt: made on 1 ranks; start as many"):
-        training.restore({"model": model})
+def test_a_flag_that_a_config_lacks_counts_as_its_default():
+    """Whichever of the two lacks it; what has no default is unknown and refuses nothing."""
+    old, new = {"lr": 1, "defaults": {"lr": 1}}, {"lr": 1, "defaults": {"lr": 1, "margin": 0.0}}
+    for margin, refused in [(0.0, False), (0.5, True)]:
+        for pair in [(old, {**new, "margin": margin}), ({**new, "margin": margin}, old)]:
+            with pytest.raises(UserError, match="--margin") if refused else nullcontext():
+                common.check_config("run", *pair)
+    common.check_config("run", {"lr": 1}, {"lr": 1, "code": "b", "f": 7})
 
 
-@pytest.mark.parametrize("name, content", [
-    ("config.json", '{"learning": "my own"}'), ("log.jsonl", '{"epoch": 1}\n{"epoch": 2}\n')])
-def test_a_directory_of_somebody_else_is_left_as_it_is(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=name):
-        training = Training(tmp_path, MADE)
-        next(training.rounds("epoch", 1, 1, {}))
-    assert (tmp_path / name).read_text() == content
+NOTHING = [("byol_disc", "--coeff 0", flag) for flag in (
+               "--layers all", "--disc-input image", "--teacher gone", "--ebm-iters 7",
+               "--ebm-objective cd", "--ebm-rotation 1")] + [
+    ("simclr_langevin", fixed, flag) for fixed in ("--coeff 0", "--view augment") for flag in (
+        "--steps 3", "--alpha 0.2", "--step-size 3", "--noise-std 3", "--noise-unit 0.1",
+        "--grad-clip 1", "--ebm-iters 7", "--ebm-objective ade", "--ebm-rotation 1")] + [
+    ("byol_langevin", "--coeff 0", "--view augment"),
+    ("byol_langevin", "--use dataset", "--coeff 0.5"), ("byol_langevin", "--use dataset",
+                                                        "--coeff 0"),
+    *[("byol_langevin", "--steps 0", flag) for flag in (
+        "--step-size 3", "--noise-std 3", "--noise-unit 0.1", "--grad-clip 1", "--ebm-iters 7")],
+    *[("byol_langevin", "--step-size 0", flag) for flag in ("--grad-clip 1", "--ebm-iters 7")],
+    ("byol_langevin", "--noise-std 0", "--noise-unit 0.1"),
+    ("simclr_disc", "--ebm-iters 0", "--ebm-rotation 1"),
+    *[("simclr_disc", "--teacher TEACHER", flag) for flag in ("--layers all", "--ebm-iters 7",
+                                                              "--ebm-rotation 1")]]
 
 
-def test_a_log_from_before_the_first_checkpoint_begins_anew(tmp_path, monkeypatch):
-    for argv in (["first"], ["second"]):
-        monkeypatch.setattr(sys, "argv", argv)
-        common.start_log(tmp_path / "log.jsonl", "epoch", 0, "cpu")
-        common.append(tmp_path / "log.jsonl", {"epoch": 1})
-    first, *rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert first["argv"] == ["second"] and rows == [{"epoch": 1}]
-    monkeypatch.setattr(sys, "argv", ["third"])
-    common.append(tmp_path / "log.jsonl", {"epoch": 2})
-    common.start_log(tmp_path / "log.jsonl", "epoch", 1, "cpu")
-    rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert [row.get("argv", row.get("epoch")) for row in rows] == [["second"], 1, ["third"]]
+@pytest.mark.parametrize("script, fixed, flag", NOTHING)
+def test_a_flag_without_effect_makes_no_other_run(script, fixed, flag, tmp_path, monkeypatch,
+                                                  capsys):
+    """Nor directory, nor row, and a line names it; it does without what takes its effect."""
+    teacher = {"script": "byol_disc", "epochs": 1, "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(teacher))
+    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
+    monkeypatch.setattr(common, "claim", lambda directory, config, script: config)
+    images = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        flags = " ".join(flags).replace("TEACHER", str(tmp_path)).split()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        args = importlib.import_module(script).parse()
+        made = Run(args, images, None)
+        made.lock.release()
+        config = {k: v for k, v in made.config.items() if k not in common.NOT_IDENTITY}
+        return args.run_dir, config, (made.config, {"linear": 1.0})
+
+    plain = run(fixed)
+    assert "without effect" not in capsys.readouterr().out
+    with_flag, name = run(fixed, flag), flag.split()[0][2:].replace("-", "_")
+    assert with_flag[:2] == plain[:2]
+    assert f"without effect, given the other flags: {name}\n" in capsys.readouterr().out
+    labels = linear_eval.row_labels([plain[2], with_flag[2]])[0]
+    assert labels[0] == labels[1]
+    if flag not in ("--teacher gone", "--coeff 0"):                     # a control
+        assert run(flag)[:2] != run("")[:2]
+        assert len({*linear_eval.row_labels([run(flag)[2], run("")[2]])[0]}) == 2
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_the_log_names_this_codes_commit_or_none(tmp_path, monkeypatch):
-    """Marked where a script beside it is not as committed; never that of another repository."""
-    def git(*words, of=tmp_path):
-        words = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(of), *words]
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+def test_code_is_known_by_what_it_computes(tmp_path):
+    """Comments, docstrings, blank lines, quotes and line breaks are of no account."""
+    def code(text):
+        (tmp_path / "a.py").write_text(text)
+        return common.code_checksum([tmp_path / "a.py"])
 
-    def logged():
-        common.start_log(tmp_path / "log.jsonl", "epoch", 0, "cpu")
-        return json.loads((tmp_path / "log.jsonl").read_text())["commit"]
-
-    def write(name, content):
-        (tmp_path / name).write_text(content)
-
-    write("common.py", "")
-    write("README.md", "")
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    assert logged() is None                             # no repository
-    git("init", "-q")
-    git("add", "README.md")
-    git("commit", "-qm", "another's")
-    assert logged() is None                             # one that does not have this code
-    git("add", "common.py")
-    git("commit", "-qm", "this code")
-    commit = git("rev-parse", "HEAD")
-    write("README.md", "more")
-    assert logged() == commit and len(commit) == 40
-    for name in ("common.py", "mine.py"):
-        write(name, "1")
-        assert logged() == f"{commit}+changes"
-        git("add", name)
-        assert logged() == f"{commit}+changes"
-        git("commit", "-qm", "its change")
-        commit = git("rev-parse", "HEAD")
-        assert logged() == commit
-    (tmp_path / "other").mkdir()
-    git("init", "-q", of=tmp_path / "other")
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
-    assert logged() == commit
-    monkeypatch.setenv("PATH", "")
-    assert logged() is None                             # no git
+    plain = code('def f(x):\n    return [x, "a"]\n')
+    for same in ('def f(x):\n    """Text."""\n    return [x, "a"]\n',
+                 '"""Text."""\n# More.\n\n\ndef f(x):  # and more\n  return [x,\n    \'a\']\n'):
+        assert code(same) == plain
+    for other in ('def f(x):\n    return [x, "b"]\n', 'def f(x):\n    return [x, "a"], 0\n'):
+        assert code(other) != plain
 
 
-def test_the_log_names_the_gpu_computed_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", "name of {}".format)
-    for device, expected in [("cuda:1", "name of cuda:1"), ("cpu", None)]:
-        common.start_log(tmp_path / "log.jsonl", "epoch", 0, device)
-        assert json.loads((tmp_path / "log.jsonl").read_text())["gpu"] == expected
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """Code with modules of its own, a finished run `done` of it and a half-done run `half`."""
+    place = tmp_path_factory.mktemp("copied")
+    (place / "code" / "nets").mkdir(parents=True)
+    for name in ("common.py", "linear_eval.py", "byol_disc.py"):
+        shutil.copy(ROOT / name, place / "code")
+    edit(place / "code" / "byol_disc.py", "from linear_eval", "import mine\nfrom nets import "
+         "backbone\nfrom linear_eval")
+    for name in ("mine.py", "nets/__init__.py", "nets/backbone.py"):
+        (place / "code" / name).write_text("SIZE = 1\n")
+    run = partial(run_copy, "byol_disc", place, *PLAIN, place=place / "code")
+    assert run("done") == 0, text(place, "err")
+    assert run("half", moment=6) == -9 and log_of(place / "half") == [None, 0, 1]
+    return place
+
+
+def edit(path, old, new):
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+
+
+MARGIN = 'parser.add_argument("--margin", default=0.0)\n    parser.add_argument("--tau"'
+
+
+@pytest.mark.parametrize("file, old, new, other", [
+    ("byol_disc.py", "(pair13 + pair23) / 2 ", "(pair13 + pair23) / 3 ", True),
+    ("byol_disc.py", 'parser.add_argument("--tau"', MARGIN, True),
+    ("common.py", "weight = torch.where(d < 1, (1.5", "weight = torch.where(d < 1, (1.4", True),
+    ("mine.py", "1", "2", True), ("nets/backbone.py", "1", "2", True),
+    ("common.py", '"""Wait for the other ranks."""', '"""Wait."""  # for the others', False)],
+    ids=["script", "flag", "common", "module", "package", "docstring"])
+def test_edited_code_and_the_same_command(copied, tmp_path, file, old, new, other):
+    """The accuracies of a finished run of other code are not shown; a half-done one goes on."""
+    place = tmp_path / "copy"
+    shutil.copytree(copied, place)
+    edit(place / "code" / file, old, new)
+    code = partial(run_copy, place=place / "code")
+    status, out, err = finish("byol_disc", place, *PLAIN, "done", start=code)
+    assert status == 0 and ("accuracy" in out) != other, err
+    assert ("made by other code" in out and "--run-dir" in out) == other
+    status, out, err = finish("byol_disc", place, *PLAIN, "half", start=code)
+    assert status == 0, err
+    assert ("half: made by other code" in out and "--run-dir" in out) == other
+    config = json.loads((place / "half" / "config.json").read_text())
+    assert ("+" in config["code"]) == other
+    sources = {path.name for path in (place / "half").glob("source-*")}
+    assert sources == {f"source-{part}" for part in config["code"].split("+")}
+    assert log_of(place / "half") == [None, 0, 1, None, 2]
+
+
+def test_an_edited_encoder_does_not_fit_and_says_so(copied, tmp_path):
+    place = tmp_path / "copy"
+    shutil.copytree(copied, place)
+    edit(place / "code" / "common.py", "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
+         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(self.dim))")
+    code, before = partial(run_copy, place=place / "code"), (
+        place / "half" / "checkpoint.pt").read_bytes()
+    status, out, err = finish("byol_disc", place, *PLAIN, "half", start=code)
+    assert status == 2 and "of another network" in err and "damaged" not in err
+    assert (place / "half" / "checkpoint.pt").read_bytes() == before
+    status, out, err = finish("linear_eval", place, "half", start=code)
+    assert status == 2 and "of another network" in err and err.count("\n") == 1
+
+
+def test_an_ebm_of_other_code_is_said_to_be(whole, copied, tmp_path):
+    """Not one of the same code, also where common.py imports a module of its own."""
+    shutil.copytree(copied / "code", tmp_path / "code")
+    common_py, flags = tmp_path / "code" / "common.py", ["--epochs", "0", "--run-dir"]
+    edit(common_py, "import numpy as np\n", "import numpy as np\nimport mine\n")
+    code = partial(run_copy, place=tmp_path / "code")
+    said = []
+    for n in range(3):
+        if n == 2:
+            edit(common_py, "noise_std=0.005", "noise_std=0.006")
+        status, out, err = finish("byol_disc", tmp_path, *flags, str(n), start=code)
+        assert status == 0, err
+        said.append("ebm.pt: made by other code" in out and "--ebm" in out)
+    assert said == [False, False, True]
 
 
 def draw_folder(path, name_of):
@@ -260,295 +407,127 @@ def draw_folder(path, name_of):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
 
 
-@pytest.fixture
-def stopped(tmp_path):
-    """A run on a folder of 40 drawn images, killed before its second epoch's line in the log."""
-    draw_folder(tmp_path / "images" / "train", lambda *_: "all")
-    flags = ["--dataset", "folder", "--subset", "0", "--coeff", "0", "--run-dir", "run"]
-
-    def go_on(data_dir, **kwargs):
-        return processes.run("byol_disc", tmp_path, *flags, "--data-dir", str(data_dir), **kwargs)
-
-    assert go_on("images", moment=5) == -9                  # before the fifth file or line
-    assert log_of(tmp_path) == [None, 1]
-    return tmp_path, go_on
-
-
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A finished run on images of two classes, and a folder where those of the test are swapped."""
+    """A finished and a half-done run on images of two classes, and a folder where those of the test
+    are swapped."""
     directory = tmp_path_factory.mktemp("evaluated")
     for name, classes in [("images", "ab"), ("swapped", "ba")]:
         draw_folder(directory / name / "train", lambda i, label: "ab"[label % 2])
         draw_folder(directory / name / "test", lambda i, label: classes[label % 2 ^ i % 4 // 3])
-    assert finish("byol_disc", directory, *LABELLED, "--data-dir", "images")[0] == 0
+    flags = [*FOLDER, "--data-dir", "images"]
+    status = processes.run("byol_disc", directory, *flags, "--run-dir", "run")
+    assert status == 0, text(directory, "err")
+    assert processes.run("byol_disc", directory, *flags, "--run-dir",
+                         "half", "--epochs", "3", moment=6) == -9
     return directory
 
 
-LABELLED = ["--dataset", "folder", "--subset", "0", "--coeff", "0", "--run-dir", "run"]
+FOLDER = ["--dataset", "folder", "--subset", "0", "--coeff", "0"]
 
 
 def cells(out):
-    """The accuracies of the only row of a table."""
+    """The label and the accuracies of the only row of a table; None for -."""
     row, = [line for line in out.splitlines() if line.startswith("| byol")]
-    return [float(cell) for cell in row.split(" | ")[1:4]]
+    label, *values = row.split(" | ")[:4]
+    return label, [None if value == "-" else float(value) for value in values]
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["new", "old"])
-def test_a_finished_run_answers_for_its_own_data_alone(evaluated, tmp_path, known):
-    """For others it is refused by its script, and measured anew by linear_eval.py, which only
-    reads. So it is where an eval.json of older code does not say what it is of."""
+@pytest.mark.parametrize("change", ["labels", "test image", "training image"])
+def test_other_data_under_a_run_is_refused(evaluated, tmp_path, change):
+    """Whether the run is finished or not; the same data are known wherever they are."""
     directory = tmp_path / "copy"
     shutil.copytree(evaluated, directory)
-    path = directory / "run" / "eval.json"
-    result = json.loads(path.read_text())
-    if not known:
-        del result["data"]
-        path.write_text(json.dumps(result))
-    said = [round(result[metric], 2) for metric in linear_eval.METRICS]
+    (directory / "images").rename(directory / "moved")
+    images = directory / "moved"
+    for run, epochs in [("run", "2"), ("half", "3")]:
+        flags = [*FOLDER, "--run-dir", run, "--epochs", epochs, "--data-dir"]
+        if run == "run":
+            status, out, err = finish("byol_disc", directory, *flags, "moved")
+            assert status == 0 and "is finished" in out, err
+            if change == "labels":
+                shutil.rmtree(images / "test")
+                shutil.copytree(directory / "swapped" / "test", images / "test")
+            else:
+                split = {"test image": "test", "training image": "train"}[change]
+                first, second, *_ = sorted((images / split).rglob("*.png"))
+                first.write_bytes(second.read_bytes())
+        log = log_of(directory / run)
+        status, out, err = finish("byol_disc", directory, *flags, "moved")
+        assert status == 2 and err.startswith(f"error: {run}: made with other "), err
+        assert "accuracy" not in out and err.count("\n") == 1 and log_of(directory / run) == log
+
+
+def test_a_run_is_measured_on_other_labelled_data(evaluated, tmp_path):
+    """By linear_eval.py, which only reads, says on which data, and keeps their rows apart."""
+    result = json.loads((evaluated / "run" / "eval.json").read_text())
+    said = [value and round(value, 2) for value in map(result.get, linear_eval.METRICS)]
     assert said[1] != 50                                # else a swap would not show
-
-    status, out, _ = finish("byol_disc", directory, *LABELLED, "--data-dir", "images")
-    assert status == 0 and "run is finished" in out
-    status, out, err = finish("byol_disc", directory, *LABELLED, "--data-dir", "swapped")
-    assert status == 2 and out == "" and err.count("\n") == 1
-    assert err.endswith("python linear_eval.py run --data-dir swapped\n")
-    assert cells(finish("linear_eval", directory, "run")[1]) == said
-    swapped = [round(100 - accuracy, 2) for accuracy in said]           # of two classes
-    assert cells(finish("linear_eval", directory, "run", "--data-dir", "swapped")[1]) == swapped
-    status, out, err = finish("linear_eval", directory, "run", "--data-dir", "nowhere")
-    assert status == 2 and out == "" and "--data-dir nowhere: has no train" in err
-    assert json.loads(path.read_text()) == result
-
-    (directory / "run" / "checkpoint.pt").unlink()
-    status, out, err = finish("linear_eval", directory, "run", "--data-dir", "swapped")
-    assert status == 2 and out == "" and err.count("\n") == 1
-    assert "run: no checkpoint.pt, and no eval.json known to be of --data-dir swapped" in err
-    (directory / "images").rename(directory / "moved")                  # and none is named
-    assert cells(finish("linear_eval", directory, "run")[1]) == said
-    (directory / "swapped").rename(directory / "images")
-    status, out, err = finish("linear_eval", directory, "run")
-    assert (status, out) == (2, "") if known else cells(out) == said
+    assert cells(finish("linear_eval", evaluated, "run")[1]) == ("| byol_disc", said)
+    before = {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")}
+    status, out, err = finish("linear_eval", evaluated, "run", "--data-dir", "swapped")
+    swapped = [value and round(100 - value, 2) for value in said]       # of two classes
+    assert status == 0 and cells(out)[1] == swapped and "swapped" in out, err
+    other = tmp_path / "other"
+    for split in ("train", "test"):
+        draw_folder(other / split, lambda i, label: str(label % 3))
+    status, out, err = finish("linear_eval", evaluated, "run", "--dataset", "folder", "--data-dir",
+                              str(other))
+    assert status == 0 and f"measured_on={other}" in out and cells(out)[1] != said, err
+    status, out, err = finish("linear_eval", evaluated, "run", "--dataset", "synthetic")
+    assert status == 0 and "measured_on=synthetic" in out, err
+    status, out, err = finish("linear_eval", evaluated, "run", "--data-dir", "nowhere")
+    assert status == 2 and out == "" and "--data-dir nowhere" in err
+    assert {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")} == before
 
 
-def test_a_link_to_a_run_and_its_copy_are_the_same_run(evaluated, tmp_path):
-    directory = tmp_path / "copy"
-    shutil.copytree(evaluated, directory)
-    (directory / "latest").symlink_to("run")
-    shutil.copytree(directory / "run", directory / "backup")
-    status, out, err = finish("linear_eval", directory, "run", "latest", "./run", "backup")
-    assert status == 0 and out.startswith("run and backup: the same run, counted once\n| run |")
-    assert cells(out) and " | 1 |" in out and "±" not in out
-    result = json.loads((directory / "backup" / "eval.json").read_text())
-    (directory / "backup" / "eval.json").write_text(json.dumps({**result, "linear": 1.0}))
-    status, out, err = finish("linear_eval", directory, "latest", "backup")
-    assert status == 2 and cells(out)[0] == round(result["linear"], 2) and " | 1 |" in out
-    assert err == "error: latest and backup: two results of one seed, the first counts; name one\n"
-
-
-def test_an_unfinished_run_has_a_row_of_its_own(evaluated, tmp_path):
+def test_an_unfinished_run_has_a_row_of_its_own(evaluated):
     """That of its epochs done, and of those it would have."""
-    directory = tmp_path / "copy"
-    shutil.copytree(evaluated, directory)
-    flags = [*LABELLED, "--data-dir", "images", "--run-dir", "long", "--seed", "1"]
-    assert processes.run("byol_disc", directory, *flags, "--epochs", "3", moment=7) == -9
-    status, out, err = finish("linear_eval", directory, "run", "long")
+    status, out, err = finish("linear_eval", evaluated, "run", "half")
     rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| byol")]
-    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=2 of 3"], err
+    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=1 of 3"], err
 
 
-def test_runs_in_other_number_formats_have_rows_of_their_own(evaluated, tmp_path):
-    """By what --precision came to, which a run of older code does not say."""
-    config = json.loads((evaluated / "run" / "config.json").read_text())
-    for seed, came_to in enumerate(["fp32", "bf16", None, "fp32"]):
-        shutil.copytree(evaluated / "run", tmp_path / str(seed))
-        common.write_json(tmp_path / str(seed) / "config.json", {
-            **config, "precision": "auto", "computed_in": came_to, "seed": seed})
-    status, out, err = finish("linear_eval", tmp_path, *"0123")
-    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| byol")]
-    assert status == 0 and [(row[0], row[-1]) for row in rows] == [
-        ("| byol_disc precision=fp32", "2 |"), ("| byol_disc precision=bf16", "1 |"),
-        ("| byol_disc precision=auto", "1 |")], err
-
-
-AUTO = {**MADE, "precision": "auto"}
-
-
-@pytest.mark.parametrize("saved, wanted, refused", [
-    ({"computed_in": "bf16"}, {"computed_in": "bf16"}, ""),
-    ({"computed_in": "bf16"}, {"computed_in": "bf16", "precision": "bf16"}, ""),
-    ({"computed_in": "bf16"}, {"computed_in": "fp32"},
-     "--precision bf16, not fp32; .* or use the same flags and --run-dir$"),
-    ({}, {"computed_in": "fp32"}, ""), ({"computed_in": None}, {"computed_in": "fp32"}, ""),
-    ({}, {"computed_in": "fp32", "precision": "fp32"}, "--precision auto, not fp32;")])
-def test_a_run_goes_on_in_the_number_format_it_began_in(tmp_path, saved, wanted, refused):
-    """However that is asked for; a run of older code, which does not say, with the same flag."""
-    state = {"model": torch.nn.Linear(2, 2)}
-    save(tmp_path / "checkpoint.pt", config={**AUTO, **saved}, done=1, ranks=1,
-         model=state["model"].state_dict())
-    with pytest.raises(UserError, match=refused) if refused else nullcontext():
-        next(Training(tmp_path, {**AUTO, **wanted}).rounds("epoch", 2, 1, state))
-        config = json.loads((tmp_path / "config.json").read_text())
-        assert config["computed_in"] == saved.get("computed_in")
-
-
-def test_a_run_and_an_ebm_note_the_number_format(tmp_path, monkeypatch):
-    def lock(training, **_):
-        raise UserError(training.config["computed_in"])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["byol_disc.py", *processes.EBM, "--precision", "auto"])
-    monkeypatch.setattr(Training, "lock_directory", lock)
-    args, images = importlib.import_module("byol_disc").parse(), torch.zeros(8)
-    for bf16, expected in [(True, "bf16"), (False, "fp32")]:
-        monkeypatch.setattr(common, "in_bf16", lambda _: bf16)
-        run = Run(args, images, None)
-        for begin in (lambda: common.train_ebm(images, args), run.lock_directory):
-            with pytest.raises(UserError, match=expected):
-                begin()
-
-
-@pytest.mark.parametrize("run_dir, refused", [
-    *((place, True) for place in ("ebm.ebm", "./x/../ebm.ebm", "{here}/ebm.ebm", "link", "x/new",
-                                  "other.ebm", "other")),
-    *((place, False) for place in ("ebm", "ebm.ebm/run", "x"))])
-def test_a_run_is_not_kept_where_an_ebm_is(run_dir, refused, tmp_path, monkeypatch):
-    """By whatever path: the EBM's would be the run's log, and its lock held already."""
-    monkeypatch.chdir(tmp_path)
-    for link, place in [("link", "ebm.ebm"), ("deep.ebm", "x/new"), ("other", "other.ebm")]:
-        (tmp_path / link).symlink_to(place)
-    ebm = "deep.pt" if run_dir == "x/new" else "ebm.pt"
-    flags = ["--run-dir", run_dir.format(here=tmp_path), "--ebm", ebm]
-    for script in ("simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-        with pytest.raises(UserError, match=f"--run-dir .*: is an EBM's .--ebm {ebm}.; name"
-                           ) if refused else nullcontext():
-            importlib.import_module(script).parse()
-    assert common.parse_flags(common.make_parser("x", training=False), flags[2:]).ebm == ebm
-
-
-@pytest.mark.parametrize("error, said", [
-    (Timeout("run/.lock"), "another process is at this run; .* if none is, remove .*run/.lock$"),
-    (OSError(95, "Operation not supported"), "run: Operation not supported; name another place"),
-    (NotImplementedError("no flock"), "run: no flock; name another place")])
-def test_a_lock_that_cannot_be_had_is_a_line(error, said, tmp_path, monkeypatch):
-    """One that a killed process left where the file system has none is named."""
-    def fail(*_, **__):
-        raise error
-    monkeypatch.setattr(common.FileLock, "acquire", fail)
-    with pytest.raises(UserError, match=said):
-        Training(tmp_path / "run", MADE).lock_directory()
-
-
-def log_of(directory):
-    rows = map(json.loads, (directory / "run" / "log.jsonl").read_text().splitlines())
-    return [row.get("epoch") for row in rows]
-
-
-@pytest.mark.parametrize("path", ["images/", "./images", "{here}/images", "elsewhere"])
-def test_the_same_images_are_known_wherever_they_are(stopped, path):
-    directory, go_on = stopped
-    if path == "elsewhere":
-        (directory / "images").rename(directory / path)
-    assert go_on(path.format(here=directory)) == 0, (directory / "err").read_text()
-    assert log_of(directory) == [None, 1, None, 2]
-
-
-@pytest.mark.parametrize("change", ["added", "removed", "changed"])
-def test_other_images_are_refused(stopped, change):
-    directory, go_on = stopped
-    images = directory / "images" / "train" / "all"
-    if change == "added":
-        (images / "new.png").write_bytes((images / "0.png").read_bytes())
-    elif change == "removed":
-        (images / "0.png").unlink()
-    else:
-        (images / "0.png").write_bytes((images / "1.png").read_bytes())
-    assert go_on("images") == 2
-    assert (directory / "err").read_text() == (
-        "error: run: made with other images; name another --run-dir, --ebm or --data-dir, or use "
-        "the same flags\n")
-    assert log_of(directory) == [None, 1]
+@pytest.mark.parametrize("name, content", [("config.json", '{"learning": "my own"}')])
+def test_a_directory_of_somebody_else_is_left_as_it_is(stub, tmp_path, name, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        stub()
+    assert (tmp_path / "run" / name).read_text() == content
 
 
 def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
     """Under another name it goes on with it; with another one, made with the same flags, not."""
-    def go_on(ebm, **kwargs):
-        return processes.run("byol_disc", tmp_path, "--run-dir", "run", "--ebm", ebm, **kwargs)
+    def go_on(ebm):
+        return finish("byol_disc", tmp_path, "--run-dir", "run", "--epochs", "1", "--ebm", ebm)
 
-    assert processes.run("simclr_disc", tmp_path, "--run-dir", "other", "--ebm", "other.pt",
-                         "--seed", "1", "--epochs", "1") == 0, (tmp_path / "err").read_text()
-    assert go_on("ebm.pt") == 0
+    status, _, err = finish("simclr_disc", tmp_path, "--run-dir", "other", "--ebm", "other.pt",
+                            "--seed", "1", "--epochs", "0")
+    assert status == 0, err
+    assert go_on("ebm.pt")[0] == 0
     (tmp_path / "ebm.pt").rename(tmp_path / "moved.pt")
+    assert go_on("gone.pt")[0] == 0 and not (tmp_path / "gone.pt").exists()   # it is finished
     (tmp_path / "run" / "eval.json").unlink()
-    assert go_on("moved.pt") == 0, (tmp_path / "err").read_text()
-    for finished in (True, False):
-        (tmp_path / "err").unlink(missing_ok=True)
-        assert go_on("other.pt") == 2 and (tmp_path / "run" / "eval.json").exists() == finished
-        assert (tmp_path / "err").read_text().startswith("error: run: made with another EBM or")
-        assert not finished or go_on("gone.pt") == 0    # one that is gone makes no difference
-        assert not (tmp_path / "gone.pt").exists()
-        (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
-
-
-def test_an_ebm_that_is_missing_for_a_while_costs_no_run(tmp_path):
-    """The EBM is looked for, and nothing noted of it before it is known."""
-    common.write_json(tmp_path / "config.json", {**MADE, "f": 7})
-    save(tmp_path / "checkpoint.pt", config={**MADE, "f": 7}, done=1)
-    for f, refused in [(None, False), (8, True), (7, False)]:
-        training = Training(tmp_path, dict(MADE))
-        if f:
-            training.config["f"] = f
-        with pytest.raises(UserError, match="another EBM") if refused else nullcontext():
-            training.check_config()
-    assert json.loads((tmp_path / "config.json").read_text())["f"] == 7
-
-
-def test_what_another_process_has_made_meanwhile_is_seen_and_kept(tmp_path):
-    training = Training(tmp_path, {**MADE, "seed": 0})
-    common.write_json(tmp_path / "config.json", {**MADE, "seed": 1})
-    (tmp_path / "eval.json").touch()
-    with pytest.raises(UserError, match="made with --seed 1, not 0"):
-        training.lock_directory()
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    assert go_on("moved.pt")[0] == 0
+    (tmp_path / "run" / "eval.json").unlink()
+    status, _, err = go_on("other.pt")
+    assert status == 2 and err.startswith("error: run: made with another EBM or frozen network")
+    assert not (tmp_path / "run" / "eval.json").exists()
 
 
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):
-    """By a clock that nobody sets, while that of the wall goes back."""
-    clock, written, write_whole, model = [0.0], [], common.write_whole, torch.nn.Linear(2, 2)
+    clock, written, state = [0.0], [], {"model": torch.nn.Linear(2, 2)}
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(common.time, "time", lambda: -clock[0])
-    monkeypatch.setattr(common, "write_whole", lambda path, fill: written.append(clock[0])
-                        if path.name == "checkpoint.pt" else write_whole(path, fill))
-    training = Training(tmp_path / "run", MADE)
-    for _ in training.rounds("epoch", 10, 1, {"model": model}):
-        clock[0] += 20
-        training.log(loss=torch.tensor(1.0))
-        row = training.means()
-        clock[0] += 5                                   # for what is no training, such as kNN
-        training.keep(row, "")
+    monkeypatch.setattr(common, "save", lambda path, content: written.append(clock[0])
+                        if path.name == "checkpoint.pt" else save(path, content))
+    progress = Progress(tmp_path, {}, "epoch", 10, state)
+    for epoch in range(1, 11):
+        clock[0] += 25
+        progress.end_round(epoch, {"loss": 1.0}, "")
     assert written == [75, 150, 225, 250]
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")][1:]
-    assert [row["seconds"] for row in rows] == 10 * [20]
     assert "epoch 4/10    0:02:30 left" in capsys.readouterr().out
-
-    monkeypatch.undo()
-    before = model.weight.clone()
-    training = Training(tmp_path / "again", MADE)
-    for _ in training.rounds("epoch", 2, 1, {"model": model}):
-        training.log(loss=torch.tensor(1.0))
-        training.keep(training.means(), "")
-    model.weight.data.zero_()
-    assert Training(tmp_path / "again", MADE).restore({"model": model}) == 2
-    assert torch.equal(model.weight, before) and before.ne(0).all()
-
-
-def test_a_clock_that_stands_still_stops_no_run(monkeypatch):
-    monkeypatch.setattr(common.time, "monotonic", lambda: 5.0)
-    run = SimpleNamespace(rows=[{}], args=SimpleNamespace(batch_size=8), round_began=5.0)
-    run.seconds = lambda: Run.seconds(run)
-    assert Run.speed(run) > 1e6
-    run.round_began = 3.0
-    assert Run.speed(run) == 4.0
+    assert log_of(tmp_path) == [None, *range(1, 11)]
 
 
 def test_table_of_runs_and_ebm(whole):
@@ -559,55 +538,26 @@ def test_table_of_runs_and_ebm(whole):
     assert not (whole[0] / "run" / "eval.json").exists()                # it only reads
     (whole[0] / "said.json").rename(whole[0] / "run" / "eval.json")
     result = json.loads((whole[0] / "run" / "eval.json").read_text())
-    lines = out[out.index("| run |"):].splitlines()
-    for line, row in [(lines[2], result), (lines[3], result["untrained"])]:
-        cells = [f"{row[metric]:.2f}" for metric in ("linear", "knn5", "knn_cosine")]
-        assert " | ".join([*cells, "1 |"]) in line
-    labels = [line.split(" | ")[0] for line in lines[2:8]]
-    run = "| byol_disc ebm_iters=2 layers=last"
-    assert labels == [run, f"{run}, untrained encoder", *(
-        f"| ebm ebm_iters={n} layers={layers}" for n in (2, 0) for layers in ("last", "all"))]
+    lines = [line for line in out[out.index("| run |"):].splitlines() if line.startswith("| ")]
+    for line, row in [(lines[1], result), (lines[2], result["untrained"])]:
+        assert f"| {row['linear']:.2f} | {row['knn5']:.2f} | - | 1 |" in line
+    assert [line.split(" | ")[0] for line in [*lines[1:3], *lines[4:]]] == [
+        "| byol_disc", "| byol_disc, untrained encoder",
+        *(f"| ebm ebm_iters={n} layers={layers}" for n in (2, 0) for layers in ("last", "all"))]
 
 
 def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
-    """Leftovers are named, and what is wrong with one run is said after the rows of the others."""
-    shutil.copytree(whole[0], tmp_path / "all")
-    for name in ("begun/.lock", "ebm.new"):
-        (tmp_path / "all" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "all" / name).touch()
-    for name in ("damaged", "elsewhere", "older"):
-        shutil.copytree(whole[0] / "run", tmp_path / "all" / name)
-        (tmp_path / "all" / name / "eval.json").unlink()
-    (tmp_path / "all" / "damaged" / "checkpoint.pt").write_bytes(b"PK")
-    config = tmp_path / "all" / "elsewhere" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "images": 12345}))
-    older = {**json.loads(config.read_text()), "ebm_objective": "ade"}
-    del older["version"]
-    (tmp_path / "all" / "older" / "config.json").write_text(json.dumps(older))
-    paths = ["damaged", "run", "elsewhere", "begun", "ebm.new", "ebm.ebm", "older"]
-    status, out, err = finish("linear_eval", tmp_path / "all", *paths)
+    """What is wrong with one run is said after the rows of the others."""
+    place = tmp_path / "all"
+    shutil.copytree(whole[0], place)
+    (place / "begun").mkdir()
+    shutil.copytree(place / "run", place / "damaged")
+    (place / "damaged" / "eval.json").unlink()
+    (place / "damaged" / "checkpoint.pt").write_bytes(b"PK")
+    status, out, err = finish("linear_eval", place, "damaged", "run", "begun", "typo", "ebm.ebm")
     assert status == 2 and err.count("\n") == 1 and out.count("| byol_disc") == 1
-    assert "damaged/checkpoint.pt: not a whole file" in err
-    assert "elsewhere: made with other images; name another" in err
-    assert "older/config.json: not a whole file of ours (KeyError: 'version')" in err
-    assert "ebm.ebm" not in out and "begun: left out" in out and "ebm.new: left out" in out
-    status, out, err = finish("linear_eval", tmp_path / "all", "run", "typo")
-    assert status == 2 and out == "" and err.startswith("error: typo: there is no such")
-    status, out, err = finish("linear_eval", tmp_path / "all", "begun")
-    assert status == 2 and "begun: left out" in out
-    assert err == "error: nothing to evaluate; name runs, as in runs/*\n"
-
-
-def test_a_run_with_a_damaged_checkpoint(whole, tmp_path):
-    """Is shown from its eval.json; without one it is a line, to a script and to linear_eval.py."""
-    shutil.copytree(whole[0], tmp_path / "copy")
-    checkpoint = tmp_path / "copy" / "run" / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    for script, flags in [("byol_disc", FIVE), ("linear_eval", ["run"])]:
-        status, out, err = finish(script, tmp_path / "copy", *flags)
-        assert status == 0 and ("is finished" in out or "| byol_disc " in out), err
-    (tmp_path / "copy" / "run" / "eval.json").unlink()
-    for script, flags in [("byol_disc", FIVE), ("linear_eval", ["run"])]:
-        status, _, err = finish(script, tmp_path / "copy", *flags)
-        assert status == 2 and err.count("\n") == 1, err
-        assert err.startswith("error: run/checkpoint.pt: not a whole file of ours"), err
+    for part in ("damaged/checkpoint.pt: damaged", "begun/config.json", "typo/config.json"):
+        assert part in err
+    assert "ebm.ebm" not in out + err
+    status, _, err = finish("byol_disc", place, "--epochs", "5", "--run-dir", "damaged")
+    assert status == 2 and err.startswith("error: damaged/checkpoint.pt: damaged"), err

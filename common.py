@@ -882,9 +882,9 @@ def check_config(path, saved, wanted):
     """
     defaults = {**saved.get("defaults", {}), **wanted.get("defaults", {})}
     for key in sorted((saved.keys() | wanted.keys()) - NOT_IDENTITY):
-        known = [key in config or key in defaults for config in (saved, wanted)]
-        before, now = (config.get(key, defaults.get(key)) for config in (saved, wanted))
-        if all(known) and before != now:
+        unknown = defaults.get(key, "unknown")
+        before, now = saved.get(key, unknown), wanted.get(key, unknown)
+        if before != now and "unknown" not in (before, now):
             made = DESCRIPTION.get(key, f"--{key.replace('_', '-')} {before}, not {now}")
             raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
                             "its own settings")
@@ -951,6 +951,24 @@ def provenance():
             "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def lock_directory(directory, wait=False):
+    """Make a directory and lock it until the process ends or releases the returned lock.
+
+    If another process has it, wait, or raise UserError. A process may lock it again.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(f"{directory}: another process is using this run; name another "
+                            "--run-dir") from None
+        show(f"{directory}: waiting for another process that is training this EBM")
+        lock.acquire()
+    return lock
 
 
 def claim(directory, config, script):
@@ -1257,7 +1275,8 @@ def load_ebm(path, device, wanted={}):
 def make_ebm(path, config, images, args):
     """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt."""
     directory = path.with_suffix(".ebm")
-    config = claim(directory, config, __file__)
+    more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
+    config = claim(directory, {**config, **more}, __file__)
     state = fit_ebm(directory, config, images, args)
     standardise_features(state["d"], images, args)
     save(directory / "samples.png", make_grid(ebm_samples(images, **state), nrow=16))
@@ -1274,19 +1293,13 @@ def train_ebm(images, args):
     """
     path, args, config = Path(args.ebm), copy(args), ebm_config(images, args)
     directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        show(f"{path}: waiting for another process that is training this EBM")
-        lock.acquire()
-    try:
-        if not path.exists():
-            more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
-            make_ebm(path, {**config, **more}, images.to(args.device), args)
-    finally:
-        lock.release()
+    if not path.exists():
+        lock = lock_directory(directory, wait=True)
+        try:
+            if not path.exists():                         # another process may have made it
+                make_ebm(path, config, images.to(args.device), args)
+        finally:
+            lock.release()
     made_by, code = load(path, "config")["config"].get("code"), code_checksum([Path(__file__)])
     if made_by != code:
         show(f"{path}: made by other code ({made_by}, see source-* in {directory}) than today's "
@@ -1356,13 +1369,7 @@ class Run:
         if self.config.get("teacher"):
             self.config["teacher"] = teacher_kind(args)
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.path / ".lock")
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(f"{self.path}: another process is using this run; name another "
-                                "--run-dir") from None
+            self.lock = lock_directory(self.path)
             self.config = claim(self.path, self.config, args.file)
         self.finished = (self.path / "eval.json").exists()
         if not self.finished:

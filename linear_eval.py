@@ -339,8 +339,8 @@ def main():
     prepare_device(args)
     rows, problems, files = [], [], [path for path in args.paths if path.suffix == ".jsonl"]
     for path in args.paths:
-        path = path.expanduser()
         try:
+            path = path.expanduser()
             if path.suffix == ".jsonl":
                 machine = {"machine": path.stem} if len(files) > 1 else {}
                 rows += [(config | machine, result) for config, result in read_rows(path)]
@@ -348,8 +348,10 @@ def main():
                 rows += evaluate_ebm(path, args)
             elif path.suffix != ".ebm":
                 rows += evaluate_run(path, args)
-        except (UserError, OSError) as error:             # the other paths are still evaluated
+        except (UserError, OSError, RuntimeError) as error:   # the others are still evaluated
             problems.append(str(error))
+        except KeyError as error:
+            problems.append(f"{path}: not a run or an EBM of this project, it has no {error}")
     rows = [(config, result) for config, result in rows if result]
     show("", passing=True)
     for of_ebms in (False, True):

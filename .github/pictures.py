@@ -208,6 +208,8 @@ def measure(file):
 
 def scatter(file, *others):
     filled = measure(file)
+    if len(filled) < 2:
+        raise UserError(f"{file}: has {len(filled)} third views that can be drawn, and needs two")
     points = filled + [(f"{name}, {Path(other).stem}", *values) for other in others
                        for name, *values in measure(other) if name.startswith("discriminator")]
     names, linear, knn, differences, errors = zip(*points)

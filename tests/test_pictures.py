@@ -149,6 +149,8 @@ def test_the_scatter_shows_discriminators_of_other_machines_hollow(tmp_path, mon
         for title, xs in [("linear-probe", [60.5, 61.5, 45]), ("kNN (k = 5)", [29.5, 28.5, 45])]:
             correlation = np.corrcoef(xs, [2.5, 4.5, 0])[0, 1]
             assert f"correlation with {title} accuracy: {correlation:.2f}\n" in out
+    with pytest.raises(UserError, match="needs two"):
+        pictures.scatter(write(file, [r for r in settings() if r["config"]["script"] != "ebm"]))
 
 
 def test_the_other_diagrams_are_drawn_again_as_they_are(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from linear_eval import extract_features
 CHAIN = dict(steps=6, step_size=7.0, noise_std=2 * 0.004, grad_clip=1e-4)
 FLAGS = ("--dataset synthetic --subset 51 --width 8 --emb 8 --batch-size 8 --epochs 2 --seed 3 "
          "--lr 0.01 --precision fp32 --ebm ebm.pt --ebm-iters 0 --run-dir run").split()
-SCALE = 2.0 ** 30                                       # overflows in the first steps
+SCALE = 2.0 ** 18                                       # overflows in the first steps
 LANGEVIN = ("--alpha 0.7 --steps 6 --step-size 7 --noise-std 2 --noise-unit 0.004 "
             "--grad-clip 0.0001").split()
 
@@ -188,7 +188,8 @@ def test_a_run_in_fp16_scales_its_loss_and_resumes_exactly(program, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             byol_disc.main()
     begun = torch.load("run/checkpoint.pt", weights_only=True)
-    assert begun["done"] == 1 and 1 < begun["scaler"]["scale"] < SCALE
+    assert begun["done"] == 1 and begun["scaler"]["scale"] < SCALE
+    assert 0 < begun["scaler"]["_growth_tracker"] < 6                  # some steps were left out
     byol_disc.main()
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     assert saved["done"] == 2 and saved["scaler"]["scale"] < SCALE

@@ -824,19 +824,24 @@ def ebm_precision(args):
 
 
 def source_files(script):
-    """Paths of a script, of common.py, and of what they import from their own directory.
+    """Paths of a script, of common.py, and of the modules beside the script that they import.
 
     linear_eval.py is left out, as eval.json says itself by which code it was measured.
     """
-    files = list({Path(script).resolve(), Path(__file__).resolve()})
+    root, files = Path(script).resolve().parent, [Path(script).resolve()]
+    if Path(__file__).resolve() not in files:
+        files.append(Path(__file__).resolve())
     for file in files:                                    # grows meanwhile
-        imports = [node for node in ast.walk(ast.parse(file.read_text()))
-                   if isinstance(node, (ast.Import, ast.ImportFrom))]
-        for node in imports:
-            for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]:
-                module = file.with_name(f"{name}.py")
-                if name != "linear_eval" and module.exists() and module not in files:
-                    files.append(module)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            package = getattr(node, "module", None)
+            names = [f"{package}.{alias.name}" if package else alias.name for alias in node.names]
+            for name in [*names, package or "linear_eval"]:
+                for place in (root / name.replace(".", "/"), file.parent / name.replace(".", "/")):
+                    for module in (place.with_suffix(".py"), place / "__init__.py"):
+                        if module.exists() and module not in files and name != "linear_eval":
+                            files.append(module)
     return sorted(files, key=lambda file: file.name)
 
 
@@ -981,8 +986,8 @@ def claim(directory, config, script):
     path, files = directory / "config.json", source_files(script)
     code, finished = code_checksum(files), (directory / "eval.json").exists()
     config = {**config, "code": code}
+    saved = load(path, "code") if path.exists() else {"code": "unknown"}
     if finished or any(directory.glob("*.pt")):
-        saved = load(path, "code") if path.exists() else {"code": "unknown"}
         check_config(directory, saved, config)
         config, old = {**saved, **config}, saved["code"]
         made_by = f"made by other code ({old}, kept as source-* in it) than today's ({code})"
@@ -994,10 +999,12 @@ def claim(directory, config, script):
             show(f"{directory}: {made_by}, which resumes it; to run all of it by today's, name "
                  "another --run-dir or --ebm")
             config["code"] = old if old.endswith(code) else f"{old}+{code}"
-    source = directory / f"source-{code}"
-    source.mkdir(exist_ok=True)
+    root = Path(script).resolve().parent
     for file in files:
-        shutil.copy(file, source)
+        inner = file.relative_to(root) if file.is_relative_to(root) else file.name
+        copy_of_file = directory / f"source-{code}" / inner
+        copy_of_file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy_of_file)
     save(path, config)
     return config
 
@@ -1300,7 +1307,8 @@ def train_ebm(images, args):
                 make_ebm(path, config, images.to(args.device), args)
         finally:
             lock.release()
-    made_by, code = load(path, "config")["config"].get("code"), code_checksum([Path(__file__)])
+    made_by = load(path, "config")["config"].get("code")
+    code = code_checksum(source_files(__file__))
     if made_by != code:
         show(f"{path}: made by other code ({made_by}, see source-* in {directory}) than today's "
              f"common.py ({code}); to train it anew, name another --ebm")

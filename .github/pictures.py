@@ -69,7 +69,8 @@ def keep(file, *runs):
 
 
 def minutes(*files):
-    """Print the minutes of training: the median epoch's seconds times the number of epochs."""
+    """Print the minutes of training: the fastest epoch's seconds, as other jobs may have run
+    beside, times the number of epochs; the median over seeds."""
     for file in files:
         rows, taken = [row for row in read(file) if "epochs" in row["config"]], defaultdict(list)
         names, _ = row_labels([(row["config"], row["result"] or {}) for row in rows])
@@ -79,9 +80,9 @@ def minutes(*files):
             seconds = [at.get("seconds", images / at["images_per_s"])       # older logs lack it
                        for at in row["log"] if "images_per_s" in at]
             if seconds:
-                taken[name].append(config["epochs"] * median(seconds) / 60)
+                taken[name].append(config["epochs"] * min(seconds) / 60)
         for name, values in taken.items():
-            print(f"{Path(file).stem}: {mean(values):.1f} minutes, n = {len(values)}: {name}")
+            print(f"{Path(file).stem}: {median(values):.1f} minutes, n = {len(values)}: {name}")
 
 
 # --- Diagrams --------------------------------------------------------------------------------

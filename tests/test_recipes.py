@@ -89,6 +89,6 @@ def test_a_recipe_trains_evaluates_and_resumes(recipe, tmp_path):
 def test_the_readme_shows_a_recipe_in_full():
     text = (ROOT / "README.md").read_text()
     shown = text.split("```diff\n")[1].split("```")[0]
-    assert shown == (ROOT / "tests" / "recipes" / "feature_view.diff").read_text()
+    assert shown == (ROOT / "tests" / "recipes" / "dataset.diff").read_text()
     for recipe in RECIPES:
         assert f"`{recipe}`" in text

@@ -255,11 +255,10 @@ def has_test(args):
     return args.dataset != "folder" or (Path(args.data_dir) / "test").exists()
 
 def draw_shapes(n, seed):
-    """Noisy wallpapers of ten shapes; place, size, tilt, hues and brightness are nuisances.
+    """Synthetic data: noisy tilings of one of ten shapes, the label; all else varies at random.
 
-    Returns uint8 (n, 3, 32, 32) and int64 (n,), the same ones whenever the seed is the same. Hues
-    run over the whole wheel in every image, as otherwise they alone would tell images apart. In
-    float64 every CPU draws the same bytes.
+    Returns uint8 (n, 3, 32, 32) and int64 (n,), the same for the same seed: float64 gives equal
+    bytes on every CPU. Each image has all hues, so that colour does not identify it.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -299,17 +298,17 @@ def training_images(args):
     return images[keep] if args.subset else images
 
 
-# --- Augmentation: batched, every image with parameters of its own ---------------------------
-# Any function from images to as many in [0, 1] can take the place of `augment`.
+# --- Augmentation of a batch, with random parameters for each image --------------------------
+# Any function from images to as many images in [0, 1] can replace `augment`.
 
 
 @torch.no_grad()
 def augment(x):
-    """SimCLR's augmentation with the base code's strengths; every image draws its own parameters.
+    """SimCLR's augmentation, with the strengths of the reference implementation.
 
     x: (B, 3, H, W), uint8 or float in [0, 1] -> float in [0, 1]. In this order: colour jitter
     (0.4, 0.4, 0.4, 0.1) with probability 0.8, gray with 0.1, a bicubic crop of 0.2 to 1 of the area
-    with ratio 3/4 to 4/3, flip with 0.5. The distribution is torchvision's, image by image.
+    with ratio 3/4 to 4/3, flip with 0.5. The distribution for each image is torchvision's.
     """
     b, _, height, width = x.shape
     draws = torch.rand(33, b, device=x.device).split([1, 1, 1, 3, 1, 3, 1, 10, 10, 2])
@@ -338,11 +337,11 @@ def augment(x):
 
 
 def color_jitter(x, factors, shift, order, hue_place):
-    """Brightness, contrast and saturation (factors, (B, 3)) in each image's `order` (B, 3), the hue
-    (shift in turns, (B,)) before the one at `hue_place` (B,) in 0..3.
+    """Brightness, contrast and saturation by `factors` (B, 3), in each image's `order` (B, 3); the
+    hue is shifted by `shift` (B,) before operation number `hue_place` (B,) in 0..3.
 
-    Each of the three is x <- clip(A x + C mean(x)) in colours, the mean being over pixels, and at
-    factor 1 nothing. So all images pass three before the hue and three after it.
+    Each operation is x <- clip(A x + C mean(x)) on colours, with the mean over pixels. To batch
+    them, all three run twice, before and after the hue, with factor 1 where they do not apply.
     """
     colours = torch.eye(3, device=x.device)
     to_gray = luminance(colours[..., None, None]).view(1, 3).expand(3, 3)
@@ -367,7 +366,7 @@ def luminance(x):
 
 
 def shift_hue(x, shift):
-    """Turn the hue of x (B, 3, H, W) by `shift` (B,) turns, in HSV."""
+    """Shift the hue of x (B, 3, H, W) by `shift` (B,), in turns of the colour wheel, in HSV."""
     high, which = x.max(1, keepdim=True)                                           # (B, 1, H, W)
     chroma = high - x.amin(1, keepdim=True)
     following = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, which)      # of r g - b, of g b - r, ...
@@ -377,8 +376,8 @@ def shift_hue(x, shift):
 
 
 def resampling(start, size, side, n):
-    """Matrices (..., n, n) that stretch pixels [start, start + size) to `side` ones, by PIL's
-    bicubic kernel; start, size, side: (...), n at least the side, beyond which nothing is said."""
+    """Matrices (..., n, n) that resize the pixels [start, start + size) to `side` pixels with PIL's
+    bicubic kernel; start, size, side: (...). Rows from `side` to n are not used."""
     pixel = torch.arange(n, device=start.device) + 0.5
     start, size, side = start[..., None], size[..., None], side[..., None]
     center = start + pixel * (size / side)                                         # (..., n)
@@ -388,8 +387,8 @@ def resampling(start, size, side, n):
     return weight / weight.sum(-1, keepdim=True)
 
 
-# --- Networks: those that take images, in [0, 1], normalise them themselves ------------------
-# A script needs an encoder's `dim`, a discriminator's `dims` and `features`; the EBM its layers.
+# --- Networks, which normalise their input in [0, 1] themselves ------------------------------
+# A script uses an encoder's `dim`, and a discriminator's `dims` and `features`.
 
 
 class Encoder(nn.Module):
@@ -422,13 +421,13 @@ def mlp(in_dim, hidden_dim, out_dim):
 
 
 def pool(maps):
-    """Mean and variance over the pixels of each channel: (B, C, H, W) -> (B, 2C), in fp32."""
+    """Mean and variance of each channel over its pixels: (B, C, H, W) -> (B, 2C), in fp32."""
     variance, mean = torch.var_mean(maps.float(), (2, 3), correction=0)
     return torch.cat([mean, variance], 1)
 
 
 def conv(in_channels, out_channels):
-    """3x3 convolution, LeakyReLU. He initialisation: PyTorch's own leaves f near 0 for good."""
+    """3x3 convolution and LeakyReLU. PyTorch's own initialisation would leave f near 0."""
     layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     nn.init.kaiming_normal_(layer.weight, a=0.1)
     nn.init.zeros_(layer.bias)
@@ -436,12 +435,11 @@ def conv(in_channels, out_channels):
 
 
 class Discriminator(nn.Module):
-    """f, the negative energy: (B, 3, H, W) in [0, 1] -> (B,). Shaped like ADE's, arXiv:1904.12083.
+    """The EBM's network: (B, 3, H, W) in [0, 1] -> f (B,), the negative energy.
 
-    `features(x, layers)` -> (B, dims[layers]): mean and variance over the pixels of each channel of
-    the last stage's map, in which f is linear, or of every stage's; standardised, once
-    `standardise_features` has seen augmented images. `rotation` is the rotation loss's head, on raw
-    features.
+    `features(x, layers)` -> (B, dims[layers]): mean and variance of each channel of the last map,
+    of which f is a linear function, or of every stage's map. `standardise_features` sets their
+    scale. `rotation` is the head of the rotation loss. Layers as in ADE, arXiv:1904.12083.
     """
 
     def __init__(self, width=64):
@@ -495,10 +493,10 @@ class Generator(nn.Module):
 
 
 class NoisyGenerator(Generator):
-    """ADE's: `start(z)` -> x_0 = mu(z) + sigma(z) N(0, 1) and log sigma(z), (B, 3, 32, 32) each.
+    """ADE's generator: start(z) -> x_0 = mu(z) + sigma(z) N(0, 1), and log sigma(z).
 
-    mu, the generator's image, in [0, 1], and sigma, up to 1e-3 in units of [-1, 1], are branches
-    from one 4x4 map. `eps` is the step size of `adversarial_dynamics`, learned with them.
+    Both are (B, 3, 32, 32). mu in [0, 1] and sigma, up to 1e-3 in units of [-1, 1], are branches
+    from one 4x4 map. `eps` is the step size of `adversarial_dynamics`, which is learned, too.
     """
 
     def __init__(self, width=64, z_dim=128):
@@ -514,7 +512,7 @@ class NoisyGenerator(Generator):
 
 @contextmanager
 def batch_statistics(module):
-    """Let BatchNorm in `module` use the batch's statistics and leave its running ones alone."""
+    """Within the context, BatchNorm in `module` does not update its running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
@@ -673,24 +671,23 @@ def prepare_device(args):
 
 
 def resolve_precision(args):
-    """--precision; auto is bf16 where the device computes it natively and faster than fp32.
+    """--precision; auto is bf16 where it is native and faster than fp32, else fp32.
 
-    CPUs do with AMX, and AMD's with AVX512's bf16 instructions, which on Intel's are slower.
+    That is so on GPUs with bf16, CPUs with AMX, and AMD's with AVX512 bf16 (not on Intel's).
     """
-    on_gpu, info = args.device.startswith("cuda"), Path("/proc/cpuinfo")
-    if on_gpu:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif torch.backends.cpu.get_cpu_capability() != "AVX512":
-        fast = False
+    if args.device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if args.precision == "bf16" and not native:
+            raise UserError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+        if args.precision == "auto" and not native:
+            show("this GPU has no bf16, so auto is fp32; --precision fp16 may be much faster")
     else:
+        info = Path("/proc/cpuinfo")
         amd = "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
-        fast = (torch.cpu._is_amx_tile_supported()
-                or amd and torch.cpu._is_avx512_bf16_supported())
-    if args.precision == "auto" and on_gpu and not fast:
-        show("this GPU has no bf16: auto is fp32; --precision fp16 may be several times faster")
-    if args.precision == "bf16" and on_gpu and not fast:
-        raise UserError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
-    return ("bf16" if fast else "fp32") if args.precision == "auto" else args.precision
+        native = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+            torch.cpu._is_amx_tile_supported() or amd and torch.cpu._is_avx512_bf16_supported())
+    auto = "bf16" if native else "fp32"
+    return auto if args.precision == "auto" else args.precision
 
 
 def autocast(args):
@@ -824,24 +821,25 @@ def ebm_precision(args):
 
 
 def source_files(script):
-    """Paths of a script, of common.py, and of the modules beside the script that they import.
+    """Paths of a script, of common.py, and of the modules beside them that they import.
 
     linear_eval.py is left out, as eval.json says itself by which code it was measured.
     """
-    root, files = Path(script).resolve().parent, [Path(script).resolve()]
-    if Path(__file__).resolve() not in files:
-        files.append(Path(__file__).resolve())
+    files, root = [Path(script).resolve()], Path(script).resolve().parent
+    files += {Path(__file__).resolve()} - {*files}
     for file in files:                                    # grows meanwhile
-        for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                continue
+        imports = [node for node in ast.walk(ast.parse(file.read_text()))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for node in imports:
             package = getattr(node, "module", None)
-            names = [f"{package}.{alias.name}" if package else alias.name for alias in node.names]
-            for name in [*names, package or "linear_eval"]:
-                for place in (root / name.replace(".", "/"), file.parent / name.replace(".", "/")):
-                    for module in (place.with_suffix(".py"), place / "__init__.py"):
-                        if module.exists() and module not in files and name != "linear_eval":
-                            files.append(module)
+            names = [alias.name for alias in node.names]
+            names = [package, *(f"{package}.{name}" for name in names)] if package else names
+            places = [folder / name.replace(".", "/") for name in names if name != "linear_eval"
+                      for folder in (root, file.parent)]
+            modules = [place.with_suffix(".py") for place in places]
+            modules += [place / "__init__.py" for place in places]
+            files += [module for module in dict.fromkeys(modules)
+                      if module.exists() and module not in files]
     return sorted(files, key=lambda file: file.name)
 
 

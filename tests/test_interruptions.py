@@ -157,7 +157,9 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
     first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "5")
     with halted(first, tmp_path / "ebm.ebm" / "checkpoint.pt"):
         second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "5")
-        while "ebm.pt: waiting for another process" not in out.read_text():
+        for _ in range(6000):
+            if "ebm.ebm: waiting for another process" in out.read_text():
+                break
             assert second.exitcode is None
             time.sleep(0.01)
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()

@@ -27,7 +27,7 @@ def unrolled(shell, block):
     first = "python() { echo python \"$@\"; }\n"
     first += "setopt nonomatch\n" if shell == "zsh" else ""
     out = subprocess.run([shell, "-euc", f"{first}git() {{ :; }}; cd() {{ :; }}; pip() {{ :; }}\n"
-                          + block.replace("<address of this repository>", "address")],
+                          + block],
                          cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [shlex.split(line) for line in out.splitlines()]
 

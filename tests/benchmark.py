@@ -8,18 +8,16 @@ warm-up; a row shows the median of the others. On a CPU, third views are measure
   a GPU, fp32 convolutions and the fp32 matrix product are computed in TF32.
 - `GPU ms` is the time between two CUDA events around a step that is launched while the GPU is
   paused. It is the GPU's own time if the launch queue holds the whole step, as it does under CUDA
-  graph; else it is an upper bound. A step whose `ms` is much larger is launch-bound.
-- `share` is a step's FLOP per second, convolutions being counted as direct ones, divided by those
-  of a large matrix product. A library may need fewer FLOP, and so exceed 100 %.
-- `GiB` is the peak of the tensors' memory in a step, without the images, which take 0.15.
-- The operations of a step are those that a GPU would launch, counted on the CPU without views.
+  graph; else it is an upper bound. A step whose `ms` is much larger than that is launch-bound.
+- `operations` are those that a GPU would launch for a step, counted on the CPU without views.
+- `share` is a step's FLOP per second, with direct convolutions, over a large matrix product's.
+- `GiB` is the peak of the tensors' memory in a step, without the images.
 - `PIL` and `v2` are torchvision's augmentations: of PIL images, in as many workers as there are
   threads; or of a batch on the device, with one random draw for the whole batch.
 
 To compare with: a plain ResNet-18 reaches 25 % of an A100's half-precision peak (32.3 PFLOP in
-7 min at 312 TFLOP/s; README of KellerJordan/cifar10-airbench). SimCLR of dkobak/simclr-cifar10
-(README at 44b2500) takes 11.9 s per epoch on an A100: ResNet-18, batch size 512, fp32, PIL in 16
-workers, SGD.
+7 min at 312 TFLOP/s; README of KellerJordan/cifar10-airbench). dkobak/simclr-cifar10 (README at
+44b2500) takes 11.9 s per epoch on an A100: ResNet-18, batch size 512, fp32, PIL in 16 workers.
 """
 import argparse
 import gc
@@ -37,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import byol_disc
@@ -50,23 +49,20 @@ METHODS = {"SimCLR": (simclr_disc, "--coeff", "0"), "BYOL": (byol_disc, "--coeff
            "SimCLR, Langevin view": (simclr_langevin,), "BYOL, Langevin view": (byol_langevin,),
            "SimCLR, discriminator view": (simclr_disc,), "BYOL, discriminator view": (byol_disc,)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TRANSFORMS = [
+TRANSFORM = v2.Compose([
     v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.1),
     v2.RandomResizedCrop(32, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
-    v2.RandomHorizontalFlip()]
-TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
-PIL = v2.Compose([v2.ToPILImage(), *TRANSFORMS, v2.PILToTensor(), TO_FLOAT])
-V2 = v2.Compose([TO_FLOAT, *TRANSFORMS])
+    v2.RandomHorizontalFlip()])
 
 
 def through_pil(images):
-    return torch.stack([PIL(x) for x in images])
+    return torch.stack([to_tensor(TRANSFORM(to_pil_image(x))) for x in images])
 
 
 def training_step(images, mode, script, *flags):
     """A function that computes a training step as the script's main does, and the script's args."""
-    flags = [f"{script.__name__}.py", *map(str, flags), *["--graph"] * (mode == "CUDA graph")]
-    with patch.object(sys, "argv", flags):
+    flags += ("--graph",) if mode == "CUDA graph" else ()
+    with patch.object(sys, "argv", [script.__name__, *map(str, flags)]):
         args = script.parse()
     f = Discriminator(args.width).to(args.device).eval().requires_grad_(False)
     model = (script.BYOL if hasattr(script, "BYOL") else script.SimCLR)(args, f).to(args.device)
@@ -115,8 +111,7 @@ def clock(given):
 
 
 def seconds(functions, given, calls=10):
-    """Time functions that take turns of so many calls: for each, a list of seconds per call, with
-    one entry per round, the warm-up left out."""
+    """For each function, its seconds per call in each round, in which they take turns."""
     times = [[] for _ in functions]
     for _ in range(given.rounds + 1):
         for function, values in zip(functions, times):
@@ -148,19 +143,18 @@ def row(*cells):
 
 def rates(images, given):
     """Print what the device reaches; return {precision: FLOP per second} of a matrix product."""
-    n, reached = (8192 if given.cuda else 2048), {}
+    n, workers, reached = 8192 if given.cuda else 2048, torch.get_num_threads(), {}
     for precision in given.precisions:
         a = torch.randn(n, n, device=given.device, dtype=DTYPES[precision])
         torch.set_float32_matmul_precision("high" if given.cuda else "highest")            # TF32
         reached[precision] = 2 * n ** 3 / median(*seconds([lambda: a @ a], given))
         torch.set_float32_matmul_precision("highest")
         row(f"product of {n} x {n}, {precision}", f"{reached[precision] / 1e12:.3g} TFLOP/s")
-    workers = torch.get_num_threads()
     loader = DataLoader(images.cpu(), 512, drop_last=True, collate_fn=through_pil,
                         num_workers=workers, prefetch_factor=1, persistent_workers=True)
     batches = (views for _ in count() for views in loader)
     for name, views, calls in [("augment", lambda: augment(images[:512]), 10),
-                               ("v2, one draw per batch", lambda: V2(images[:512]), 10),
+                               ("v2", lambda: TRANSFORM(images[:512] / 255), 10),
                                ("PIL", lambda: next(batches).to(given.device), workers)]:
         rate = 512 / median(*seconds([views], given, calls))
         row(f"views of 512 images: {name}", f"{rate:.0f} images/s")
@@ -186,7 +180,7 @@ def counts(images, given):
 
 
 def build(images, given, method, mode, precision, batch):
-    """The step of a row, after its warm-up, its batch size and its peak memory in GiB."""
+    """The step of a row, after its warm-up, its batch size, and its peak memory in GiB."""
     before = torch.cuda.memory_allocated() if given.cuda else 0
     size = ["--batch-size", batch] if batch else []
     step, args = training_step(images, mode, *METHODS[method], *size, "--width", given.width,
@@ -217,12 +211,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--rounds", type=number(int, 1), help="timed rounds; by default 5 on a GPU, 3 on a CPU")
+    add("--rounds", type=number(int, 1), default=3, help="timed rounds")
     add("--batch", type=number(int, 2, 25000), help="batch size of all rows")
     add("--width", type=number(int, 8, 1024), default=64, help="base channel width of all networks")
     given = parser.parse_args()
     given.cuda, given.precision = given.device == "cuda", "auto"
-    given.rounds = given.rounds or (5 if given.cuda else 3)
     prepare_device(given)
     auto = resolve_precision(given)
     given.precisions = ["fp16" if given.cuda and auto == "fp32" else "bf16", "fp32"]
@@ -235,11 +228,10 @@ def main():
     sizes = [given.batch] if given.batch else [None, 128]               # None: the script's own
     one_size = sizes[0] if given.cuda else sizes[-1]
     modes = ["eager", "CUDA graph"] if given.cuda and not torch.version.hip else ["eager"]
-    plain = ["SimCLR", "BYOL"]
+    simclr, byol, *third_views = METHODS
     groups = [[(name, mode, precision, size) for precision in given.precisions for size in sizes
-               for mode in modes] for name in plain]
-    groups += [[(name, mode, auto, one_size) for name in METHODS if name not in plain
-                for mode in modes]]
+               for mode in modes] for name in (simclr, byol)]
+    groups += [[(name, mode, auto, one_size) for name in third_views for mode in modes]]
     for group in groups:
         compare(group, images, given, work, reached)
 

@@ -40,7 +40,6 @@ from torchvision.utils import make_grid, save_image
 # --- Flags that all scripts share ------------------------------------------------------------
 # Add a flag here, or in the one script that needs it.
 
-
 class UserError(Exception):
     """A user's mistake and its remedy. `launch` prints it as one line and exits with status 2."""
 
@@ -51,7 +50,7 @@ def number(kind, low, high=math.inf):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"must be finite and {limits}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -137,7 +136,6 @@ SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32
 
 # --- Ranks and console: one process among those of torchrun ----------------------------------
 
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -193,7 +191,6 @@ def launch(main):
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
 # Add a data set in `load_images` and to the choices of --dataset.
-
 
 @lru_cache
 def load_images(dataset, data_dir, split):
@@ -301,7 +298,6 @@ def training_images(args):
 # --- Augmentation of a batch, with random parameters for each image --------------------------
 # Any function from images to as many images in [0, 1] can replace `augment`.
 
-
 @torch.no_grad()
 def augment(x):
     """SimCLR's augmentation, with the strengths of the reference implementation.
@@ -389,7 +385,6 @@ def resampling(start, size, side, n):
 
 # --- Networks, which normalise their input in [0, 1] themselves ------------------------------
 # A script uses an encoder's `dim`, and a discriminator's `dims` and `features`.
-
 
 class Encoder(nn.Module):
     """ResNet-18 with the CIFAR stem (3x3, no max-pool): (B, 3, H, W) in [0, 1] -> (B, dim)."""
@@ -524,7 +519,6 @@ def batch_statistics(module):
 # --- Samplers: Langevin dynamics, and that of adversarial dynamics embedding (ADE) ------------
 # f is any differentiable function from images (B, ...) to (B,).
 
-
 def mix_with_noise(x, alpha):
     """Start of a chain: I_0 = alpha * x + (1 - alpha) * U(0, 1), for x in [0, 1] of any shape."""
     return alpha * x + (1 - alpha) * torch.rand_like(x)
@@ -581,7 +575,6 @@ def langevin_view(f, x, args):
 
 # --- Losses, learning rate, moving average ---------------------------------------------------
 # Losses take embeddings (B, D) and are computed in fp32, whatever the networks computed in.
-
 
 def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -646,7 +639,6 @@ def ema_update(target, online, tau):
 
 
 # --- Devices: where and in what precision a step is computed ---------------------------------
-
 
 def prepare_device(args):
     """Set up args.device; join torchrun's other processes, which wait a day for rank 0's EBM."""
@@ -797,7 +789,7 @@ def parse_flags(parser, argv=None):
     args.defaults = {a.dest: a.default for a in parser._actions if a.dest not in NOT_IDENTITY
                      and a.default is not argparse.SUPPRESS}
     changed = {flag: vars(args)[flag] for flag, default in args.defaults.items()
-               if vars(args)[flag] != default}
+               if vars(args)[flag] != default}            # before auto is resolved
     prepare_device(args)
     args.precision = resolve_precision(args)
     ignored = changed.keys() & without_effect(args)
@@ -805,7 +797,7 @@ def parse_flags(parser, argv=None):
         show(f"without effect, given the other flags: {', '.join(sorted(ignored))}")
     if "epochs" in args and "run_dir" not in args:
         parts = [f"{flag}={value}" for flag, value in changed.items() if flag not in ignored]
-        parts = [args.script, *["smoke"] * args.smoke, *parts]
+        parts = [args.script, *(["smoke"] if args.smoke else []), *parts]
         args.run_dir = "runs/" + "-".join(parts).replace("/", "_")
     if "ebm" not in args:
         parts = ["ebm", args.dataset, args.subset or "all", f"width={args.width}",
@@ -825,21 +817,21 @@ def source_files(script):
 
     linear_eval.py is left out, as eval.json says itself by which code it was measured.
     """
-    files, root = [Path(script).resolve()], Path(script).resolve().parent
-    files += {Path(__file__).resolve()} - {*files}
+    root, files = Path(script).resolve().parent, [Path(script).resolve()]
+    if Path(__file__).resolve() not in files:
+        files.append(Path(__file__).resolve())
     for file in files:                                    # grows meanwhile
-        imports = [node for node in ast.walk(ast.parse(file.read_text()))
-                   if isinstance(node, (ast.Import, ast.ImportFrom))]
-        for node in imports:
-            package = getattr(node, "module", None)
-            names = [alias.name for alias in node.names]
-            names = [package, *(f"{package}.{name}" for name in names)] if package else names
-            places = [folder / name.replace(".", "/") for name in names if name != "linear_eval"
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            package = getattr(node, "module", None) or ""
+            names = [package, *(f"{package}.{alias.name}".strip(".") for alias in node.names)]
+            places = [folder / name.replace(".", "/") for name in names if name
                       for folder in (root, file.parent)]
             modules = [place.with_suffix(".py") for place in places]
-            modules += [place / "__init__.py" for place in places]
-            files += [module for module in dict.fromkeys(modules)
-                      if module.exists() and module not in files]
+            for module in modules + [place / "__init__.py" for place in places]:
+                if module.exists() and module not in files and module.stem != "linear_eval":
+                    files.append(module)
     return sorted(files, key=lambda file: file.name)
 
 
@@ -883,12 +875,12 @@ def check_config(path, saved, wanted):
 
     A flag that one of the two lacks counts as its default.
     """
-    defaults = {**saved.get("defaults", {}), **wanted.get("defaults", {})}
-    for key in sorted((saved.keys() | wanted.keys()) - NOT_IDENTITY):
-        unknown = defaults.get(key, "unknown")
-        before, now = saved.get(key, unknown), wanted.get(key, unknown)
-        if before != now and "unknown" not in (before, now):
-            made = DESCRIPTION.get(key, f"--{key.replace('_', '-')} {before}, not {now}")
+    defaults = saved.get("defaults", {}) | wanted.get("defaults", {})
+    before, now = defaults | saved, defaults | wanted
+    for key in sorted((before.keys() & now.keys()) - NOT_IDENTITY):
+        if before[key] != now[key]:
+            flag = f"--{key.replace('_', '-')} {before[key]}, not {now[key]}"
+            made = DESCRIPTION.get(key, flag)
             raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
                             "its own settings")
 
@@ -931,13 +923,13 @@ def load(path, *keys):
     return content
 
 
-def load_weights(module, weights, path, config):
+def load_weights(module, weights, path):
     """Load a state dict from the file `path`; UserError if it is of another network."""
     try:
         module.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: its weights are of another network than this code's; the code "
-                        f"that made it is {config.get('code')}, see source-* beside it") from error
+                        "that made it is kept beside it, in source-*") from error
 
 
 def seed_of(*numbers):
@@ -957,21 +949,28 @@ def provenance():
 
 
 def lock_directory(directory, wait=False):
-    """Make a directory and lock it until the process ends or releases the returned lock.
-
-    If another process has it, wait, or raise UserError. A process may lock it again.
-    """
+    """Make and lock a directory; the context returned releases it. If another process has it,
+    wait, or raise UserError."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock", is_singleton=True)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if not wait:
             raise UserError(f"{directory}: another process is using this run; name another "
                             "--run-dir") from None
-        show(f"{directory}: waiting for another process that is training this EBM")
-        lock.acquire()
-    return lock
+    show(f"{directory}: waiting for another process that is training this EBM")
+    return lock.acquire()
+
+
+def describe(result):
+    """The accuracies (%) in an eval.json as a line."""
+    texts = []
+    for metric, untrained in result["untrained"].items():
+        value = result[metric]
+        texts.append(f"{metric} -" if value is None else
+                     f"{metric} {value:.2f} % (untrained {untrained:.2f})")
+    return f"test accuracy: {', '.join(texts)}"
 
 
 def claim(directory, config, script):
@@ -982,27 +981,29 @@ def claim(directory, config, script):
     a run that is not finished is resumed, and its config has both checksums.
     """
     path, files = directory / "config.json", source_files(script)
-    code, finished = code_checksum(files), (directory / "eval.json").exists()
-    config = {**config, "code": code}
+    code, result = code_checksum(files), directory / "eval.json"
     saved = load(path, "code") if path.exists() else {"code": "unknown"}
-    if finished or any(directory.glob("*.pt")):
+    if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
-        config, old = {**saved, **config}, saved["code"]
-        made_by = f"made by other code ({old}, kept as source-* in it) than today's ({code})"
-        if old != code and finished:
-            show(f"{directory} is finished, but {made_by}. To run today's, name another --run-dir; "
-                 f"for its accuracies: python linear_eval.py {directory}")
+        other = f"other code ({saved['code']}, kept as source-* in it) than today's ({code})"
+        if result.exists():
+            show(f"{directory} is finished; {describe(load(result, 'untrained'))}"
+                 if saved["code"] == code else
+                 f"{directory} is finished, made by {other}. To run today's, name another "
+                 f"--run-dir; for its accuracies: python linear_eval.py {directory}")
             return saved
-        if old != code:
-            show(f"{directory}: {made_by}, which resumes it; to run all of it by today's, name "
-                 "another --run-dir or --ebm")
-            config["code"] = old if old.endswith(code) else f"{old}+{code}"
+        if saved["code"] != code:
+            show(f"{directory}: begun by {other}, which resumes it; to run all of it by today's, "
+                 "name another --run-dir or --ebm")
+        code = saved["code"] if saved["code"].endswith(code) else f"{saved['code']}+{code}"
+        config = {**saved, **config}                      # saved has the checksum f, too
+    config["code"] = code
     root = Path(script).resolve().parent
     for file in files:
         inner = file.relative_to(root) if file.is_relative_to(root) else file.name
-        copy_of_file = directory / f"source-{code}" / inner
-        copy_of_file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, copy_of_file)
+        copied = directory / f"source-{code.split('+')[-1]}" / inner
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copied)
     save(path, config)
     return config
 
@@ -1015,25 +1016,26 @@ class Progress:
     a round ends a minute or more after the last one. Work after it is repeated, with equal results.
     """
 
-    def __init__(self, directory, config, counter, total, state):
+    def __init__(self, directory, counter, total, state):
         self.directory, self.counter, self.total, self.state = directory, counter, total, state
-        self.done, self.log = 0, []
-        path = directory / "checkpoint.pt"
-        if path.exists():
+        self.done, self.log, path = 0, [], directory / "checkpoint.pt"
+        self.resumed = path.exists()
+        if self.resumed:
             saved = load(path, "done", "log", *state)
             for name, part in state.items():
-                load_weights(part, saved[name], path, config)
+                load_weights(part, saved[name], path)
             self.done, self.log = saved["done"], saved["log"]
         self.log.append(provenance())
         self.first, self.began, self.written = self.done, time.monotonic(), time.monotonic()
 
-    def write(self):
-        """Write log.jsonl and checkpoint.pt."""
+    def write(self, checkpoint=True):
+        """Write log.jsonl and, if due, checkpoint.pt."""
         if rank() == 0:
-            state = {name: part.state_dict() for name, part in self.state.items()}
             save(self.directory / "log.jsonl", self.log)
+        if rank() == 0 and checkpoint:
+            state = {name: part.state_dict() for name, part in self.state.items()}
             save(self.directory / "checkpoint.pt", {"done": self.done, "log": self.log, **state})
-        self.written = time.monotonic()
+            self.written = time.monotonic()
 
     def end_round(self, done, row, text):
         """Log a row, show the text, and write a checkpoint if one is due."""
@@ -1041,10 +1043,7 @@ class Progress:
         self.log.append({self.counter: done, **row})
         left = (now - self.began) / (done - self.first) * (self.total - done)
         show(f"{self.counter} {done}/{self.total}  {text}  {timedelta(seconds=round(left))} left")
-        if done == self.total or now > self.written + CHECKPOINT_SECONDS:
-            self.write()
-        elif rank() == 0:
-            save(self.directory / "log.jsonl", self.log)
+        self.write(done == self.total or now > self.written + CHECKPOINT_SECONDS)
 
 
 def means(steps, ranks=1):
@@ -1146,7 +1145,7 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty
 
 def generator_step(x_s, loss, rotation_weight, d, optimizer_g):
     """One step of the generator on loss - f(x_s) + 0.2 rotation_weight times the rotation loss."""
-    d.requires_grad_(False)                 # else autocast reuses d's weights of before its step
+    d.requires_grad_(False)                 # else autocast reuses stale casts of d's weights
     with spectral_weights(d):
         loss = loss - d(x_s).float().mean()
         if rotation_weight:
@@ -1211,35 +1210,6 @@ def cd_step(x, rotation_weight, d, optimizer_d, replay):
         rotation_weight, d, optimizer_d)
 
 
-def fit_ebm(directory, config, images, args):
-    """Train an EBM, or resume its training in the directory; returns the dict of `ebm_networks`.
-
-    UserError if the training diverges: f explodes, or a weight is not finite.
-    """
-    torch.manual_seed(seed_of(args.seed))
-    state = ebm_networks(args)
-    step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
-    step = partial(step, rotation_weight=args.ebm_rotation, **state)
-    step = graphed(autocast(args)(step), args)
-
-    progress = Progress(directory, config, "iteration", args.ebm_iters, state)
-    for start in range(progress.done, args.ebm_iters, EBM_ROUND):
-        torch.manual_seed(seed_of(args.seed, start))
-        end, terms = min(start + EBM_ROUND, args.ebm_iters), []
-        for _ in range(start, end):
-            x = images[torch.randint(len(images), (64,), device=images.device)] / 255
-            terms.append(step(x))
-        row = means(terms)
-        finite = all(p.isfinite().all() for p in state["d"].parameters())
-        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
-            raise UserError(f"--ebm {args.ebm}: its training diverged before iteration {end}, f(x) "
-                            f"= {row['f_real']:.3g}; try another --seed with another --ebm")
-        progress.end_round(end, row, "f(x) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  "
-                           "clamped {clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
-    fix_spectral_norm(state["d"])
-    return state
-
-
 def standardise_features(d, images, args, view=augment):
     """Scale d's features to mean 0 and variance 1 over a view of images (N, 3, H, W), uint8."""
     torch.manual_seed(seed_of(args.seed, args.ebm_iters))            # always the same views
@@ -1262,28 +1232,46 @@ def ebm_samples(images, d, g=None, replay=None, **optimizers):
     return torch.cat([x, x_0, langevin(d, x_0, steps=15, **EBM_LANGEVIN)])
 
 
-def ebm_config(images, args):
-    """The settings of an EBM that a run checks when it loads one; its seed may be another."""
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
-    return {**{flag: getattr(args, flag) for flag in flags}, "images": checksum(images)}
-
-
 def load_ebm(path, device, wanted={}):
     """The discriminator of the EBM in the file `path`, whose config has to be `wanted`, frozen."""
     saved = load(Path(path), "config", "d")
     check_config(path, saved["config"], wanted)
     d = Discriminator(saved["config"]["width"])
-    load_weights(d, saved["d"], path, saved["config"])
+    load_weights(d, saved["d"], path)
     return d.to(device).eval().requires_grad_(False)
 
 
 def make_ebm(path, config, images, args):
-    """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt."""
-    directory = path.with_suffix(".ebm")
+    """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt.
+
+    UserError if the training diverges: f explodes, or a weight is not finite.
+    """
+    directory, images = path.with_suffix(".ebm"), images.to(args.device)
     more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
     config = claim(directory, {**config, **more}, __file__)
-    state = fit_ebm(directory, config, images, args)
-    standardise_features(state["d"], images, args)
+    torch.manual_seed(seed_of(args.seed))
+    state = ebm_networks(args)
+    step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
+    step = partial(step, rotation_weight=args.ebm_rotation, **state)
+    step = graphed(autocast(args)(step), args)            # autocast as a decorator
+
+    progress = Progress(directory, "iteration", args.ebm_iters, state)
+    for start in range(progress.done, args.ebm_iters, EBM_ROUND):
+        torch.manual_seed(seed_of(args.seed, start))
+        end, terms = min(start + EBM_ROUND, args.ebm_iters), []
+        for _ in range(start, end):
+            x = images[torch.randint(len(images), (64,), device=images.device)] / 255
+            terms.append(step(x))
+        row = means(terms)
+        finite = all(p.isfinite().all() for p in state["d"].parameters())
+        if not (finite and abs(row["f_real"]) + abs(row["f_sample"]) + row["penalty"] < 1e4):
+            raise UserError(f"--ebm {args.ebm}: its training diverged before iteration {end}, f(x) "
+                            f"= {row['f_real']:.3g}; try another --seed with another --ebm")
+        progress.end_round(end, row, "f(x) {f_real:.2f}  f(sample) {f_sample:.2f}  AUC {auc:.2f}  "
+                           "clamped {clamped:.0%}  sample std {sample_std:.2f}".format_map(row))
+
+    d = fix_spectral_norm(state["d"])
+    standardise_features(d, images, args)
     save(directory / "samples.png", make_grid(ebm_samples(images, **state), nrow=16))
     weights = {name: state[name].state_dict() for name in ("d", "g") if name in state}
     save(path, {"config": config, **weights})
@@ -1291,20 +1279,20 @@ def make_ebm(path, config, images, args):
 
 
 def train_ebm(images, args):
-    """The frozen discriminator of the EBM in the file args.ebm, X.pt, trained first if missing.
+    """The frozen discriminator of the EBM in the file args.ebm, X.pt; rank 0 trains it if missing.
 
     images: uint8 (N, 3, 32, 32). The directory X.ebm has the log, the code, a checkpoint until the
     end, and samples.png. UserError if the training diverges or X.pt has other settings.
     """
-    path, args, config = Path(args.ebm), copy(args), ebm_config(images, args)
+    path, args = Path(args.ebm), copy(args)
     directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
-    if not path.exists():
-        lock = lock_directory(directory, wait=True)
-        try:
+    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
+    config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
+    if rank() == 0 and not path.exists():
+        with lock_directory(directory, wait=True):
             if not path.exists():                         # another process may have made it
-                make_ebm(path, config, images.to(args.device), args)
-        finally:
-            lock.release()
+                make_ebm(path, config, images, args)
+    barrier()
     made_by = load(path, "config")["config"].get("code")
     code = code_checksum(source_files(__file__))
     if made_by != code:
@@ -1314,7 +1302,6 @@ def train_ebm(images, args):
 
 
 # --- Run: what a script's main calls, in this order ------------------------------------------
-
 
 class Teacher(nn.Module):
     """The frozen encoder of another run, with the interface of a discriminator."""
@@ -1335,7 +1322,7 @@ def load_encoder(directory):
     saved, encoder = load(directory / "checkpoint.pt", "model", "done"), Encoder(config["width"])
     weights = {name.removeprefix("encoder."): value for name, value in saved["model"].items()
                if name.startswith("encoder.")}
-    load_weights(encoder, weights, directory / "checkpoint.pt", config)
+    load_weights(encoder, weights, directory / "checkpoint.pt")
     return encoder, saved, config
 
 
@@ -1347,13 +1334,6 @@ def teacher_kind(args):
     for flag, usual in dict(coeff=0, width=args.width, subset=args.subset).items():
         kind += f", {flag} {teacher[flag]}" if teacher.get(flag, usual) != usual else ""
     return kind + (f", seed {seed:+d}" if seed else "")
-
-
-def describe(result):
-    """The accuracies (%) in an eval.json as a line."""
-    texts = [f"{name} {value:.2f} % (untrained {result['untrained'][name]:.2f})" if value else
-             f"{name} -" for name, value in result.items() if name in result["untrained"]]
-    return f"{result.get('split', 'test')} accuracy: {', '.join(texts)}"
 
 
 class Run:
@@ -1375,13 +1355,11 @@ class Run:
         if self.config.get("teacher"):
             self.config["teacher"] = teacher_kind(args)
         if rank() == 0:
-            self.lock = lock_directory(self.path)
+            self.lock = lock_directory(self.path).lock
             self.config = claim(self.path, self.config, args.file)
         self.finished = (self.path / "eval.json").exists()
         if not self.finished:
             show(f"{self.path}: on {args.device} in {args.precision}")
-        elif self.config.get("code") == code_checksum(source_files(args.file)):
-            show(f"{self.path} is finished; {describe(load(self.path / 'eval.json', 'untrained'))}")
 
     def freeze(self, network):
         """`network` in eval mode and without gradients. Its weights, "f" in config.json, are part
@@ -1406,10 +1384,7 @@ class Run:
         elif "ebm_iters" in without_effect(args):
             return None
         else:
-            if rank() == 0:
-                train_ebm(images, args)
-            barrier()
-            discriminator = load_ebm(args.ebm, args.device)
+            discriminator = train_ebm(images, args)
         if sees_image or self.config.get("teacher"):
             standardise_features(discriminator, images, args, view)
         return self.freeze(discriminator)
@@ -1421,13 +1396,13 @@ class Run:
         not finite, or if the frozen network changed.
         """
         args, self.model = self.args, state["model"]
-        progress = Progress(self.path, self.config, "epoch", args.epochs, state)
-        if len(progress.log) == 1:                        # not resumed
+        progress = Progress(self.path, "epoch", args.epochs, state)
+        if not progress.resumed:
             show("evaluating the untrained encoder", passing=True)
             untrained = self.evaluate(self.model.encoder, args) if rank() == 0 else None
             progress.log.append({"epoch": 0, **(untrained or {})})
             progress.write()
-        self.untrained = progress.log[1]
+        self.untrained = progress.log[1]                  # after the provenance
         for epoch in range(progress.done + 1, args.epochs + 1):
             torch.manual_seed(seed_of(args.seed, epoch, rank()))
             self.steps, began = [], time.monotonic()
@@ -1534,9 +1509,7 @@ def main():
     args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", __file__, False))
     if Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; delete it or name another file")
-    if rank() == 0:
-        train_ebm(training_images(args), args)
-    barrier()
+    train_ebm(training_images(args), args)
     show(f"{args.ebm} is trained; evaluate it by python linear_eval.py --untrained {args.ebm}")
 
 

@@ -164,7 +164,7 @@ def measured_on(args, flags):
 def evaluate_ebm(path, flags):
     """[(config, accuracies)] of an EBM's discriminator, for its last stage and for all stages; with
     --untrained, of an untrained one too."""
-    config = {**load(path, "config")["config"], "script": "ebm", "run_dir": str(path)}
+    config = {**load(path, "config", "d")["config"], "script": "ebm", "run_dir": str(path)}
     args, rows = make_args(config, flags), []
     networks = {args.ebm_iters: load_ebm(path, args.device)}
     if flags.untrained and args.ebm_iters:

@@ -131,9 +131,9 @@ def a_run(folder):
     accuracies = dict.fromkeys(["linear", "knn5", "knn_cosine"], 50.0)
     run = common.Run(args, images, slowly(lambda *_, **__: dict(accuracies)))
     if common.rank() > 0:
-        common.train_ebm = common.save = common.langevin_view = run.evaluate = run.lock = None
+        common.make_ebm = common.save = common.langevin_view = run.evaluate = run.lock = None
     else:
-        common.train_ebm = slowly(common.train_ebm)
+        common.make_ebm = slowly(common.make_ebm)
         common.langevin_view = slowly(common.langevin_view)
     f = run.get_discriminator(images)
     run.save_chain(f, images)
@@ -162,7 +162,7 @@ def run_on_a_rank(rank, folder):
 def test_two_ranks_make_one_run(tmp_path, monkeypatch):
     """Each with its half of every batch and views of its own; the log has the mean over both."""
     monkeypatch.setattr(sys, "argv", [])
-    for name in ("train_ebm", "langevin_view", "data_checksum"):
+    for name in ("make_ebm", "langevin_view", "data_checksum"):
         monkeypatch.setattr(common, name, getattr(common, name))
     (tmp_path / "one").mkdir()
     (_, whole), loss = a_run(tmp_path / "one"), []

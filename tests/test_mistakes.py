@@ -87,7 +87,7 @@ CASES = [
     ([linear_eval], "", "paths"), ([linear_eval], "nowhere", "nowhere"),
     ([linear_eval], "nowhere --split dev", "--split"), ([linear_eval], "file", "file"),
     ([linear_eval], "nowhere.pt", "nowhere.pt"), ([linear_eval], "file.jsonl", "file.jsonl"),
-    ([linear_eval], "file.ebm", "nothing to evaluate"), ([linear_eval], "~nobody/run", "~nobody"),
+    ([linear_eval], "file.ebm", "nothing to evaluate"), ([linear_eval], "~nobody/run", "/run"),
 ]
 
 

@@ -759,19 +759,29 @@ CHAIN_FLAGS = {"steps", "alpha", *STEP_FLAGS}
 
 
 def without_effect(args):
-    """Names of the flags that change nothing, given the values of the others."""
-    is_data = getattr(args, "use", "") == "dataset"
-    baseline = getattr(args, "coeff", 1) == 0 and not is_data
-    augmented = getattr(args, "view", "") == "augment"
+    """Names of the flags that change nothing, given the values of the others.
+
+    A flag of one's own that is named like one of these is not among them.
+    """
+    flags = vars(args)
+    langevin, disc = "use" in flags, "disc_input" in flags or "version" in flags   # older results
+    is_data, iters = flags.get("use") == "dataset", flags.get("ebm_iters", 1)
+    baseline = flags.get("coeff", 1) == 0 and not is_data
+    no_chain = langevin and (baseline or flags["view"] == "augment")
     cases = [(is_data, {"coeff"}),
-             (baseline, {"view", "layers", "disc_input", "teacher"}),
-             (baseline or augmented, EBM_FLAGS | CHAIN_FLAGS),
-             (getattr(args, "teacher", None), EBM_FLAGS | {"layers"}),
-             (getattr(args, "steps", 1) == 0, EBM_FLAGS | STEP_FLAGS),
-             (getattr(args, "step_size", 1) == 0, EBM_FLAGS | {"grad_clip"}),
-             (getattr(args, "noise_std", 1) == 0, {"noise_unit"}),
-             (getattr(args, "ebm_iters", 1) == 0, {"ebm_rotation"})]
-    return set().union(*(flags for holds, flags in cases if holds))
+             (baseline, EBM_FLAGS),
+             (baseline and langevin, {"view"}),
+             (baseline and disc, {"layers", "disc_input", "teacher"}),
+             (disc and flags.get("teacher"), EBM_FLAGS | {"layers"}),
+             (no_chain, EBM_FLAGS | CHAIN_FLAGS),
+             (langevin and flags["steps"] == 0, EBM_FLAGS | STEP_FLAGS),
+             (langevin and flags["step_size"] == 0, EBM_FLAGS | {"grad_clip"}),
+             (langevin and flags["grad_clip"] == 0, EBM_FLAGS | {"step_size"}),
+             (langevin and flags["noise_std"] == 0, {"noise_unit"}),
+             (langevin and flags["noise_unit"] == 0, {"noise_std"}),
+             (iters == 0, {"ebm_rotation"}),
+             (iters == 0 and flags.get("ebm_objective") != "ade", {"ebm_objective"})]
+    return set().union(*(names for holds, names in cases if holds))
 
 
 def parse_flags(parser, argv=None):
@@ -804,6 +814,8 @@ def parse_flags(parser, argv=None):
                  args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation}",
                  f"seed={args.seed}", ebm_precision(args), torch.device(args.device).type]
         args.ebm = f"runs/{'-'.join(map(str, parts))}.pt"
+    if Path(args.ebm).suffix != ".pt":
+        raise UserError(f"--ebm {args.ebm}: name a file that ends in .pt")
     return args
 
 
@@ -825,9 +837,9 @@ def source_files(script):
             if not isinstance(node, (ast.Import, ast.ImportFrom)):
                 continue
             package = getattr(node, "module", None) or ""
-            names = [package, *(f"{package}.{alias.name}".strip(".") for alias in node.names)]
-            places = [folder / name.replace(".", "/") for name in names if name
-                      for folder in (root, file.parent)]
+            names = [f"{package}.{alias.name}".strip(".").split(".") for alias in node.names]
+            places = [folder.joinpath(*name[:depth + 1]) for name in names
+                      for depth in range(len(name)) for folder in (root, file.parent)]
             modules = [place.with_suffix(".py") for place in places]
             for module in modules + [place / "__init__.py" for place in places]:
                 if module.exists() and module not in files and module.stem != "linear_eval":
@@ -836,16 +848,20 @@ def source_files(script):
 
 
 def code_checksum(files):
-    """Checksum of Python files that comments, docstrings and layout do not change."""
-    crc = 0
-    for file in files:
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            if isinstance(getattr(node, "body", None), list):
-                node.body = [part for part in node.body if not (
-                    isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
-        crc = zlib.crc32(ast.unparse(tree).encode(), crc)
-    return f"{crc:08x}"
+    """Checksum of Python files that comments, docstrings, layout and Python's version do not
+    change."""
+    def plain(node):
+        if isinstance(node, list):
+            docstring = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
+            return [plain(part) for part in node if not docstring(part)]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = [[name, plain(value)] for name, value in ast.iter_fields(node)
+                  if value is not None and value != []]
+        return [type(node).__name__, *fields]
+
+    trees = [plain(ast.parse(file.read_text())) for file in files]
+    return f"{zlib.crc32(json.dumps(trees).encode()):08x}"
 
 
 def checksum(*tensors):
@@ -867,7 +883,7 @@ def data_checksum(args):
 
 
 DESCRIPTION = {"images": "other training images", "data": "other labels or test images",
-               "f": "another EBM or frozen network"}
+               "f": "another EBM or frozen network", "ranks": "another number of processes"}
 
 
 def check_config(path, saved, wanted):
@@ -982,7 +998,9 @@ def claim(directory, config, script):
     """
     path, files = directory / "config.json", source_files(script)
     code, result = code_checksum(files), directory / "eval.json"
-    saved = load(path, "code") if path.exists() else {"code": "unknown"}
+    saved = load(path) if path.exists() else {"code": "unknown"}
+    if "code" not in saved:
+        raise UserError(f"{path}: not of this version of this project; name another --run-dir")
     if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
         other = f"other code ({saved['code']}, kept as source-* in it) than today's ({code})"
@@ -999,7 +1017,7 @@ def claim(directory, config, script):
         config = {**saved, **config}                      # saved has the checksum f, too
     config["code"] = code
     root = Path(script).resolve().parent
-    for file in files:
+    for file in [*files, Path(__file__).resolve().with_name("linear_eval.py")]:
         inner = file.relative_to(root) if file.is_relative_to(root) else file.name
         copied = directory / f"source-{code.split('+')[-1]}" / inner
         copied.parent.mkdir(parents=True, exist_ok=True)
@@ -1288,13 +1306,13 @@ def train_ebm(images, args):
     directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
     flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
     config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
+    code = code_checksum(source_files(__file__))          # before hours in which it may be edited
     if rank() == 0 and not path.exists():
         with lock_directory(directory, wait=True):
             if not path.exists():                         # another process may have made it
                 make_ebm(path, config, images, args)
     barrier()
     made_by = load(path, "config")["config"].get("code")
-    code = code_checksum(source_files(__file__))
     if made_by != code:
         show(f"{path}: made by other code ({made_by}, see source-* in {directory}) than today's "
              f"common.py ({code}); to train it anew, name another --ebm")
@@ -1323,16 +1341,23 @@ def load_encoder(directory):
     weights = {name.removeprefix("encoder."): value for name, value in saved["model"].items()
                if name.startswith("encoder.")}
     load_weights(encoder, weights, directory / "checkpoint.pt")
+    script = Path(__file__).with_name(f"{config['script']}.py")
+    if not script.exists() or code_checksum(source_files(script)) != config.get("code"):
+        show(f"{directory}: made by other code ({config.get('code')}, kept as source-* in it) than "
+             "the Encoder that reads it now")
     return encoder, saved, config
 
 
 def teacher_kind(args):
-    """What --teacher is, whatever its path; its seed as a difference to the student's, where 0 is
-    the student's own initial weights."""
+    """What --teacher is, whatever its path: its settings that are neither default nor the
+    student's; its seed as a difference to the student's, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
     kind, seed = f"{teacher['script']} of {teacher['epochs']} epochs", teacher["seed"] - args.seed
-    for flag, usual in dict(coeff=0, width=args.width, subset=args.subset).items():
-        kind += f", {flag} {teacher[flag]}" if teacher.get(flag, usual) != usual else ""
+    usual = teacher.get("defaults", {}) | {"coeff": 0, "seed": teacher["seed"],
+                                           "epochs": teacher["epochs"]}
+    for flag, value in teacher.items():
+        if flag in usual and value not in (usual[flag], vars(args).get(flag)):
+            kind += f", {flag} {value}"
     return kind + (f", seed {seed:+d}" if seed else "")
 
 
@@ -1344,7 +1369,7 @@ class Run:
     """
 
     def __init__(self, args, images, evaluate):
-        self.args, self.evaluate, self.path, self.frozen = args, evaluate, Path(args.run_dir), None
+        self.args, self.evaluate, self.path, self.frozen = args, evaluate, Path(args.run_dir), []
         ranks, size = world_size(), args.batch_size
         if size % ranks or not 2 * ranks <= size <= len(images):
             raise UserError(f"--batch-size {size}: has to be a multiple of the {ranks} processes, "
@@ -1354,19 +1379,26 @@ class Run:
         self.config |= {"images": checksum(images), "data": data_checksum(args), "ranks": ranks}
         if self.config.get("teacher"):
             self.config["teacher"] = teacher_kind(args)
+        self.config = json.loads(json.dumps(self.config, default=str))   # as config.json has it
         if rank() == 0:
             self.lock = lock_directory(self.path).lock
             self.config = claim(self.path, self.config, args.file)
         self.finished = (self.path / "eval.json").exists()
         if not self.finished:
             show(f"{self.path}: on {args.device} in {args.precision}")
+        elif load(self.path / "eval.json").get("evaluation") != getattr(evaluate, "code", None):
+            show("These accuracies are of another linear_eval.py. To measure anew: python "
+                 f"linear_eval.py {self.path} --data-dir {args.data_dir}")
 
-    def freeze(self, network):
-        """`network` in eval mode and without gradients. Its weights, "f" in config.json, are part
-        of the run's identity, and have to stay the same."""
-        self.frozen, f = network.eval().requires_grad_(False), checksum(network)
-        check_config(self.path, self.config, {**self.config, "f": f})
-        self.config["f"] = f
+    def freeze(self, network, f=None):
+        """`network` in eval mode and without gradients, which has to stay the same.
+
+        `f`, the checksum of its weights, is part of the run's identity.
+        """
+        key, f = f"f{len(self.frozen) or ''}", f or checksum(network)
+        self.frozen.append(network.eval().requires_grad_(False))
+        check_config(self.path, self.config, {**self.config, key: f})
+        self.config[key] = f
         if rank() == 0:
             save(self.path / "config.json", self.config)
         return network
@@ -1374,20 +1406,23 @@ class Run:
     def get_discriminator(self, images):
         """The frozen discriminator of the EBM, trained first if missing, or the encoder of
         --teacher; None if no flag needs one."""
-        args, sees_image = self.args, getattr(self.args, "disc_input", "") == "image"
-        view = (lambda x: x / 255) if sees_image else augment
+        args, sees_image = copy(self.args), getattr(self.args, "disc_input", "") == "image"
         if self.config.get("teacher"):
-            encoder, saved, config = load_encoder(Path(args.teacher))
-            if saved["done"] < config["epochs"]:
+            encoder, saved, made = load_encoder(Path(args.teacher))
+            if saved["done"] < made["epochs"]:
                 raise UserError(f"--teacher {args.teacher}: its training is not finished")
-            discriminator = Teacher(encoder).to(args.device).eval()
+            discriminator, args.ebm_iters = Teacher(encoder).to(args.device).eval(), 0
         elif "ebm_iters" in without_effect(args):
             return None
         else:
             discriminator = train_ebm(images, args)
+            made = load(Path(args.ebm), "config")["config"]
+        self.config |= {"f_code": made.get("code"), "f_precision": made.get("precision")}
+        f = checksum(discriminator)                       # before its scale, which may round anew
         if sees_image or self.config.get("teacher"):
+            view = (lambda x: x / 255) if sees_image else augment
             standardise_features(discriminator, images, args, view)
-        return self.freeze(discriminator)
+        return self.freeze(discriminator, f)
 
     def epochs(self, **state):
         """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule.
@@ -1395,7 +1430,8 @@ class Run:
         The model's encoder is evaluated before its first step. UserError if a loss or a weight is
         not finite, or if the frozen network changed.
         """
-        args, self.model = self.args, state["model"]
+        args, self.model, self.noted = self.args, state["model"], False
+        self.kept = [checksum(network) for network in self.frozen]
         progress = Progress(self.path, "epoch", args.epochs, state)
         if not progress.resumed:
             show("evaluating the untrained encoder", passing=True)
@@ -1425,7 +1461,7 @@ class Run:
         if not (finite and math.isfinite(sum(row.values()))):
             raise UserError(f"--lr {self.args.lr}: the loss or a weight is not finite after epoch "
                             f"{epoch}, {row}; try a smaller one with another --run-dir")
-        if self.frozen is not None and checksum(self.frozen) != self.config["f"]:
+        if [checksum(network) for network in self.frozen] != self.kept:
             raise UserError("the network that was to stay frozen has changed: is it updated, or in "
                             "training mode?")
 
@@ -1441,7 +1477,8 @@ class Run:
 
     def log(self, **terms):
         """Keep a step's scalar tensors; the log has their means over an epoch."""
-        if not self.steps:
+        if not self.noted:
+            self.noted = True
             unused = [name for name, p in self.model.named_parameters()
                       if p.requires_grad and p.grad is None]
             if unused and world_size() > 1:

@@ -124,9 +124,10 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
         with autocast(args):
             data += [extract_features(encoder, images, encode), labels.to(args.device)]
     result = {metric: METRICS[metric](*data) for metric in metrics}
-    return {**result, "split": split, "data": data_checksum(args),
-            "evaluation": code_checksum([Path(__file__)])}
+    return {**result, "split": split, "data": data_checksum(args), "evaluation": evaluate.code}
 
+
+evaluate.code = code_checksum([Path(__file__)])           # at import, as the file may be edited
 
 # --- A table of runs, and one of EBMs --------------------------------------------------------
 
@@ -135,7 +136,8 @@ def make_args(config, flags):
     """The flags of a run or an EBM, evaluated on this machine and on the data that flags name."""
     return argparse.Namespace(**{**config, "device": flags.device,
                                  "dataset": flags.dataset or config["dataset"],
-                                 "data_dir": flags.data_dir or config["data_dir"]})
+                                 "data_dir": flags.data_dir or (
+                                     "data" if flags.dataset else config["data_dir"])})
 
 
 def evaluate_run(path, flags):
@@ -143,14 +145,18 @@ def evaluate_run(path, flags):
     config = {**load(path / "config.json", "script", "epochs", "seed"), "run_dir": str(path)}
     own_data = not (flags.data_dir or flags.dataset)
     if own_data and flags.split == "test" and (path / "eval.json").exists():
-        return [(config, load(path / "eval.json", *METRICS))]
+        result = load(path / "eval.json", *METRICS)
+        if result.get("evaluation") != evaluate.code:
+            show(f"{path}: measured by another linear_eval.py; with --data-dir it is measured anew")
+        return [(config, result)]
     args, (encoder, saved, _) = make_args(config, flags), load_encoder(path)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     if saved["done"] < config["epochs"]:
         config["epochs"] = f"{saved['done']} of {config['epochs']}"
     result = evaluate(encoder.to(args.device), args, split=flags.split)
-    if result and own_data and flags.split == "test":
-        result["untrained"] = saved["log"][1]
+    untrained = saved["log"][1]
+    if result and all(untrained.get(key) == result[key] for key in ("data", "split", "evaluation")):
+        result["untrained"] = untrained
     return [(config | measured_on(args, flags), result)]
 
 
@@ -171,7 +177,8 @@ def evaluate_ebm(path, flags):
         torch.manual_seed(seed_of(args.seed))
         networks[0] = fix_spectral_norm(ebm_networks(args)["d"])
         args.ebm_iters = 0
-        images = training_images(argparse.Namespace(**{**config, "data_dir": args.data_dir}))
+        own = {} if flags.dataset else {"data_dir": args.data_dir}
+        images = training_images(argparse.Namespace(**{**config, **own}))
         standardise_features(networks[0], images, args)
     for iters, network in networks.items():
         for layers in ["last", "all"]:
@@ -183,13 +190,17 @@ def evaluate_ebm(path, flags):
     return rows
 
 
-def read_rows(path):
+def read_rows(path, flags):
     """[(config, accuracies)] of a results file: a JSON object with both on each line."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(row["config"], row["result"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [(row["config"], row["result"]) for row in rows]
+        splits = {result.get("split", "test") for _, result in rows if result}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a results file ({error})") from error
+    if flags.data_dir or flags.dataset or splits - {flags.split}:
+        raise UserError(f"{path}: its results are of their own data and split; name runs instead")
+    return rows
 
 
 HIDDEN = NOT_IDENTITY | {"script", "seed", "f", "version", "eager", "compile", "computed_in"}
@@ -211,8 +222,10 @@ def row_labels(rows, any_code=False):
         shown = {**defaults[config["script"]], **config}
         shown = {flag: value for flag, value in shown.items() if flag not in unused}
         shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
-        if len(codes[config["script"]]) > 1 and not any_code:
+        if len(codes[config["script"]]) > 1:
             shown["code"] = config.get("code", "unknown")
+        if any_code:
+            shown = {flag: value for flag, value in shown.items() if flag not in ("code", "f_code")}
         configs.append(shown)
     flags = {flag: value for config in configs for flag, value in config.items()}
     shared = {flag: value for flag, value in flags.items()
@@ -262,9 +275,10 @@ def table(rows, untrained, split, any_code=False):
     names, shared = row_labels(rows, any_code)
     groups, first, comparable, alike = by_seed(rows, names), {}, {}, {}
     for name, (config, result) in zip(names, rows):
-        kind = result.get("data"), config.get("epochs")
-        baseline, (data, epochs) = first.setdefault(config.get("machine"), (groups[name], kind))
-        if result.get("data") == data:
+        measured = result.get("data"), result.get("evaluation")
+        baseline, kind, epochs = first.setdefault(
+            config.get("machine"), (groups[name], measured, config.get("epochs")))
+        if measured == kind:
             comparable[name] = baseline
             if config.get("epochs") == epochs:
                 alike[name] = groups[name]
@@ -343,7 +357,7 @@ def main():
             path = path.expanduser()
             if path.suffix == ".jsonl":
                 machine = {"machine": path.stem} if len(files) > 1 else {}
-                rows += [(config | machine, result) for config, result in read_rows(path)]
+                rows += [(config | machine, result) for config, result in read_rows(path, args)]
             elif path.suffix == ".pt":
                 rows += evaluate_ebm(path, args)
             elif path.suffix != ".ebm":

@@ -185,7 +185,7 @@ def measure(file):
                         f"its errors have {freedom} degrees of freedom; they need 2")
     for config, result in rows:
         if config["script"] == "ebm" or config.get("coeff") == 0:
-            own[name_of(config), *map(config.get, ["seed", *PAIRED[:2]])].append(result)
+            own[(name_of(config), *map(config.get, ["seed", *PAIRED[:2]]))].append(result)
     for label, config in configs.items():
         if config["script"] not in ("byol_disc", "byol_teacher") or config["coeff"] != 1:
             continue

@@ -21,19 +21,23 @@ EBM = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--ebm-iters"
 TINY = [*EBM, "--batch-size", "16", "--epochs", "2"]
 
 
-def work(script, flags, directory, moment=None, environment={}):
+def work(script, flags, directory, moment=None, place=None, environment={}):
     """Run the script's main, and die by SIGKILL before the `moment`-th renaming of a file.
 
     With "each", live, and leave what a kill before the n-th would have left in `directory`/../n.
+    The script and its common.py are those in the directory `place`, if given.
     """
     os.environ.update(environment)
     os.chdir(directory)
-    sys.path.append(str(Path(common.__file__).parent / ".github"))
+    if place:
+        del sys.modules["common"], sys.modules["linear_eval"]
+        sys.path.insert(0, str(place))
+    common, linear_eval = map(importlib.import_module, ("common", "linear_eval"))
     torch.set_num_threads(1)
     moments, replace = iter(range(1, 1000)), os.replace
 
     def mortal(*args):
-        Path("moments").write_text(str(now := next(moments)))
+        now = next(moments)
         if moment == "each":
             shutil.copytree(".", f"../{now}")
         if now == moment:
@@ -50,8 +54,9 @@ def work(script, flags, directory, moment=None, environment={}):
     common.launch(importlib.import_module(script).main)
 
 
-def start(script, directory, *flags, moment=None, **environment):
-    process = CONTEXT.Process(target=work, args=(script, flags, directory, moment, environment))
+def start(script, directory, *flags, moment=None, place=None, **environment):
+    process = CONTEXT.Process(target=work, args=(script, flags, directory, moment, place,
+                                                 environment))
     process.start()
     return process
 
@@ -74,3 +79,11 @@ def ranks(script, directory, *flags, moments=(None, None)):
     return [start(script, directory, *flags, moment=moments[rank], RANK=str(rank), WORLD_SIZE="2",
                   LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
             for rank in range(2)]
+
+
+def killed_copies(directory):
+    """What a kill would have left, {the file that was about to be renamed: the directory}; of
+    several such kills the last."""
+    copies = sorted((path for path in directory.parent.iterdir() if path.name.isdigit()),
+                    key=lambda path: int(path.name))
+    return {str(new.relative_to(copy)): copy for copy in copies for new in copy.rglob("*.new")}

@@ -13,10 +13,8 @@ import torch
 
 import byol_disc
 import common
-import linear_eval
-from common import load_images
 from conftest import ROOT
-from processes import TINY, run, start, wait
+from processes import TINY, killed_copies, run, start, wait
 
 RUN = ["--run-dir", "run"]
 BANK = [*RUN, "--use", "dataset", "--steps", "6", "--subset", "32"]
@@ -57,35 +55,24 @@ def in_a_loop(command):
     return first + bash.communicate(timeout=120)[0], bash.returncode
 
 
-MAIN = """
-def main():
-    print("begun", flush=True)
-    time.sleep(60 if sys.argv[1] == "1" else 0)
-"""
-
-
 def test_ctrl_c_ends_a_loop_of_runs():
-    said, status = in_a_loop(f"import sys, time, common{MAIN}\ncommon.launch(main)")
+    main = ('\ndef main():\n  print("begun", flush=True)\n'
+            '  time.sleep(60 if sys.argv[1] == "1" else 0)\n')
+    said, status = in_a_loop(f"import sys, time, common{main}common.launch(main)")
     assert said.count("begun") == 1 and status == -signal.SIGINT
-    exits = "\ntry:\n  main()\nexcept KeyboardInterrupt:\n  sys.exit(130)"
-    assert in_a_loop(f"import sys, time{MAIN}{exits}") == ("begun\nbegun\n", 0)     # a control
+    exits = "try:\n  main()\nexcept KeyboardInterrupt:\n  sys.exit(130)"
+    assert in_a_loop(f"import sys, time{main}{exits}") == ("begun\nbegun\n", 0)     # a control
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch, small):
     """`train(*flags)` trains byol_disc's baseline here, in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(linear_eval.METRICS, "linear", partial(linear_eval.linear_accuracy,
-                                                               epochs=2))
-    monkeypatch.setattr(common, "draw_shapes", partial(
-        lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes))
-    load_images.cache_clear()
 
-    def train(*flags, main=byol_disc.main):
+    def train(*flags):
         monkeypatch.setattr(sys, "argv", ["byol_disc.py", *TINY, "--coeff", "0", *flags])
-        common.launch(main)
-    yield train
-    load_images.cache_clear()
+        common.launch(byol_disc.main)
+    return train
 
 
 def test_a_loop_over_seeds_in_one_process_trains_every_seed(train, tmp_path, capsys):
@@ -126,59 +113,46 @@ def halted(process, path):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
-    """Before each renaming of a file, from the EBM's first to the last; and with the same log."""
+    """Before the last renaming of a file, from the EBM's log to eval.json; and with the same log."""
     whole = tmp_path / "whole"
     whole.mkdir()
     assert run("byol_langevin", whole, *BANK, moment="each") == 0, (whole / "err").read_text()
-    expected, states = tensors(whole), set()
-    copies = [tmp_path / str(n + 1) for n in range(int((whole / "moments").read_text()))]
+    expected, copies = tensors(whole), killed_copies(whole)
     saved = torch.load(whole / "run" / "checkpoint.pt", weights_only=True)
     assert saved["schedule"]["last_epoch"] == 2 * (32 + 32) // 16       # steps over both halves
     assert [row["epoch"] for row in rows(whole / "run" / "log.jsonl")] == [0, 1, 2]
-
-    for pair in zip(copies[::2], [*copies[1::2], None]):                # two at a time
-        pair = [directory for directory in pair if directory]
-        states.update(path.name for directory in pair for path in directory.glob("**/*"))
-        resumed = [start("byol_langevin", directory, *BANK) for directory in pair]
-        for process, directory in zip(resumed, pair):
-            assert wait(process) == 0, (directory / "err").read_text()
-            assert same(tensors(directory), expected), f"killed at {directory.name}"
-            for log in ("ebm.ebm/log.jsonl", "run/log.jsonl"):
-                assert rows(directory / log) == rows(whole / log)
-            assert not list(directory.glob("**/*.new"))
-    assert {f"{name}.new" for name in ("ebm", "config", "log", "langevin", "chain", "generated",
-                                       "samples", "checkpoint", "eval")} <= states
-    assert run("byol_langevin", tmp_path, *BANK, "--seed", "1") == 0
-    assert not same(tensors(tmp_path), expected)                        # a control: it can differ
+    assert not same(tensors(copies["run/checkpoint.new"]), expected)    # a control
+    killed = [copies[f"{name}.new"] for name in ("ebm.ebm/checkpoint", "ebm", "run/generated",
+                                                 "run/log", "run/eval")]
+    resumed = [start("byol_langevin", directory, *BANK) for directory in killed]
+    for process, directory in zip(resumed, killed):
+        assert wait(process) == 0, (directory / "err").read_text()
+        assert same(tensors(directory), expected), f"killed at {directory.name}"
+        for log in ("ebm.ebm/log.jsonl", "run/log.jsonl"):
+            assert rows(directory / log) == rows(whole / log)
+        assert not list(directory.glob("**/*.new"))
 
 
 def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
-    out = tmp_path / "out"
-    first = start("simclr_disc", tmp_path, "--run-dir", "first", "--ebm-iters", "5")
+    """While a run waits for its EBM no other process can be at it."""
+    out, five = tmp_path / "out", ["--ebm-iters", "5"]
+    first = start("simclr_disc", tmp_path, "--run-dir", "first", *five)
     with halted(first, tmp_path / "ebm.ebm" / "checkpoint.pt"):
-        second = start("byol_disc", tmp_path, "--run-dir", "second", "--ebm-iters", "5")
+        second = start("byol_disc", tmp_path, "--run-dir", "second", *five)
         for _ in range(6000):
             if "ebm.ebm: waiting for another process" in out.read_text():
                 break
             assert second.exitcode is None
             time.sleep(0.01)
+        for script, directory in [("simclr_disc", "first"), ("byol_disc", "second")]:
+            (tmp_path / "err").write_text("")
+            assert run(script, tmp_path, "--run-dir", directory, *five) == 2
+            err = (tmp_path / "err").read_text()
+            assert err.startswith(f"error: {directory}: another process") and err.count("\n") == 1
     assert wait(first) == wait(second) == 0, (tmp_path / "err").read_text()
     assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 64
     assert out.read_text().count("iteration 5/5 ") == 1 == out.read_text().count("waiting")
     assert not (tmp_path / "ebm.ebm" / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize("flags, file", [
-    (["--coeff", "0", "--epochs", "5"], "run/checkpoint.pt"),
-    (["--ebm-iters", "5"], "ebm.ebm/checkpoint.pt")])       # known before the EBM is trained
-def test_two_processes_cannot_be_at_one_run(flags, file, tmp_path):
-    flags = [*RUN, *flags]
-    first = start("byol_disc", tmp_path, *flags)
-    with halted(first, tmp_path / file):
-        assert run("byol_disc", tmp_path, *flags) == 2
-    assert wait(first) == 0
-    err = (tmp_path / "err").read_text()
-    assert err.startswith("error: run: another process") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json", "log.jsonl", "langevin.png"])

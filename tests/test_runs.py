@@ -6,12 +6,10 @@ import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import common
@@ -24,26 +22,11 @@ FIVE = ["--epochs", "5", "--run-dir", "run"]
 PLAIN = ["--coeff", "0", "--run-dir"]
 
 
-def finish(script, directory, *flags, start=processes.run):
+def finish(script, directory, *flags, place=None):
     """Its exit status, and what it adds to stdout and stderr."""
     before = [len(text(directory, name)) for name in ("out", "err")]
-    status = start(script, directory, *flags)
+    status = processes.run(script, directory, *flags, place=place)
     return status, *(text(directory, name)[n:] for name, n in zip(("out", "err"), before))
-
-
-def from_copy(place, *work):
-    for name in ("common", "linear_eval", "processes"):
-        del sys.modules[name]
-    sys.path.insert(0, str(place))
-    importlib.import_module("processes").work(*work)
-
-
-def run_copy(script, directory, *flags, place, moment=None):
-    """Exit status of the script that is in the directory `place`, with a common.py of its own."""
-    process = processes.CONTEXT.Process(target=from_copy, args=(
-        place, script, flags, directory, moment))
-    process.start()
-    return processes.wait(process)
 
 
 def text(directory, name):
@@ -98,8 +81,9 @@ def test_a_run_leaves_what_the_design_says(whole):
 def test_a_finished_run_says_so_and_stops(whole):
     directory = whole[0]
     before = (directory / "run" / "log.jsonl").read_bytes()
-    status, out, _ = finish("byol_disc", directory, *FIVE)
+    status, out, _ = finish("byol_disc", directory, *FIVE, "--ebm", "gone.pt")
     assert status == 0 and "is finished; test accuracy: linear" in out
+    assert not (directory / "gone.pt").exists()
     assert (directory / "run" / "log.jsonl").read_bytes() == before
     status, _, err = finish("byol_disc", directory, *FIVE, "--coeff", "0.2")
     assert status == 2 and err.startswith("error: run: made with --coeff 0.1, not 0.2;")
@@ -196,26 +180,23 @@ def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub):
         run.lock.release()
 
 
-def test_a_parameter_without_gradient_is_named(stub, capsys, monkeypatch):
-    run, state = stub(), network()
-    for _ in run.epochs(**state):
-        for p in run.model["head"].parameters():
-            p.grad = torch.ones_like(p)
-        run.log(loss=torch.tensor(1.0), z_std=torch.tensor(1.0))
-    out = capsys.readouterr().out
-    assert "encoder.weight, encoder.bias" in out and "head" not in out
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    run.steps = []
-    with pytest.raises(UserError, match="several processes cannot train.*encoder.weight"):
-        run.log(loss=torch.tensor(1.0))
+def test_a_run_knows_its_frozen_network_by_its_weights(stub):
+    """Not by its name; before the run is finished."""
+    first, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for network_of_run, refused in [(first, False), (first, False), (other, True)]:
+        run = stub(ebm=f"{refused}.pt")
+        with pytest.raises(UserError, match="another EBM or frozen") if refused else nullcontext():
+            run.freeze(network_of_run)
+            next(run.epochs(**network()))
+        run.lock.release()
 
 
-def test_another_process_at_a_run_is_a_line(stub, tmp_path):
-    stub().lock.release()
-    with FileLock(tmp_path / "run" / ".lock"):            # as another process would have it
-        with pytest.raises(UserError, match="another process is using this run; .*--run-dir"):
-            stub()
-    stub()                                                              # a control
+def test_a_directory_of_somebody_else_is_left_as_it_is(stub, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"learning": "my own"}')
+    with pytest.raises(UserError, match="config.json"):
+        stub()
+    assert (tmp_path / "run" / "config.json").read_text() == '{"learning": "my own"}'
 
 
 def test_a_checkpoint_of_another_network_is_not_called_damaged(tmp_path):
@@ -254,26 +235,22 @@ def test_a_flag_that_a_config_lacks_counts_as_its_default():
     common.check_config("run", {"lr": 1}, {"lr": 1, "code": "b", "f": 7})
 
 
-NOTHING = [("byol_disc", "--coeff 0", flag) for flag in (
-               "--layers all", "--disc-input image", "--teacher gone", "--ebm-iters 7",
-               "--ebm-objective cd", "--ebm-rotation 1")] + [
-    ("simclr_langevin", fixed, flag) for fixed in ("--coeff 0", "--view augment") for flag in (
-        "--steps 3", "--alpha 0.2", "--step-size 3", "--noise-std 3", "--noise-unit 0.1",
-        "--grad-clip 1", "--ebm-iters 7", "--ebm-objective ade", "--ebm-rotation 1")] + [
-    ("byol_langevin", "--coeff 0", "--view augment"),
-    ("byol_langevin", "--use dataset", "--coeff 0.5"), ("byol_langevin", "--use dataset",
-                                                        "--coeff 0"),
-    *[("byol_langevin", "--steps 0", flag) for flag in (
-        "--step-size 3", "--noise-std 3", "--noise-unit 0.1", "--grad-clip 1", "--ebm-iters 7")],
-    *[("byol_langevin", "--step-size 0", flag) for flag in ("--grad-clip 1", "--ebm-iters 7")],
-    ("byol_langevin", "--noise-std 0", "--noise-unit 0.1"),
-    ("simclr_disc", "--ebm-iters 0", "--ebm-rotation 1"),
-    *[("simclr_disc", "--teacher TEACHER", flag) for flag in ("--layers all", "--ebm-iters 7",
-                                                              "--ebm-rotation 1")]]
+OF_STEPS = ["--step-size 3", "--noise-std 3", "--noise-unit 0.1", "--grad-clip 1"]
+OF_EBM = ["--ebm-iters 7", "--ebm-objective cd", "--ebm-rotation 1"]
 
 
-@pytest.mark.parametrize("script, fixed, flag", NOTHING)
-def test_a_flag_without_effect_makes_no_other_run(script, fixed, flag, tmp_path, monkeypatch,
+@pytest.mark.parametrize("script, fixed, flags", [
+    ("byol_disc", "--coeff 0", ["--layers all", "--disc-input image", "--teacher gone", *OF_EBM]),
+    ("simclr_disc", "--teacher TEACHER", ["--layers all", *OF_EBM]),
+    ("simclr_disc", "--ebm-iters 0", ["--ebm-rotation 1"]),
+    ("simclr_langevin", "--coeff 0", ["--view augment", "--steps 3", "--alpha 0.2", *OF_STEPS,
+                                      *OF_EBM]),
+    ("simclr_langevin", "--view augment", ["--steps 3", "--alpha 0.2", *OF_STEPS, *OF_EBM]),
+    ("byol_langevin", "--use dataset", ["--coeff 0.5", "--coeff 0"]),
+    ("byol_langevin", "--steps 0", [*OF_STEPS, *OF_EBM]),
+    ("byol_langevin", "--step-size 0", ["--grad-clip 1", *OF_EBM]),
+    ("byol_langevin", "--noise-std 0", ["--noise-unit 0.1"])])
+def test_a_flag_without_effect_makes_no_other_run(script, fixed, flags, tmp_path, monkeypatch,
                                                   capsys):
     """Nor directory, nor row, and a line names it; it does without what takes its effect."""
     teacher = {"script": "byol_disc", "epochs": 1, "seed": 0}
@@ -292,16 +269,18 @@ def test_a_flag_without_effect_makes_no_other_run(script, fixed, flag, tmp_path,
         config = {k: v for k, v in made.config.items() if k not in common.NOT_IDENTITY}
         return args.run_dir, config, (made.config, {"linear": 1.0})
 
-    plain = run(fixed)
-    assert "without effect" not in capsys.readouterr().out
-    with_flag, name = run(fixed, flag), flag.split()[0][2:].replace("-", "_")
-    assert with_flag[:2] == plain[:2]
-    assert f"without effect, given the other flags: {name}\n" in capsys.readouterr().out
-    labels = linear_eval.row_labels([plain[2], with_flag[2]])[0]
-    assert labels[0] == labels[1]
-    if flag not in ("--teacher gone", "--coeff 0"):                     # a control
-        assert run(flag)[:2] != run("")[:2]
-        assert len({*linear_eval.row_labels([run(flag)[2], run("")[2]])[0]}) == 2
+    plain, default = run(fixed), run("")
+    for flag in flags:
+        capsys.readouterr()
+        with_flag, name = run(fixed, flag), flag.split()[0][2:].replace("-", "_")
+        assert with_flag[:2] == plain[:2]
+        assert f"without effect, given the other flags: {name}\n" in capsys.readouterr().out
+        labels = linear_eval.row_labels([plain[2], with_flag[2]])[0]
+        assert labels[0] == labels[1]
+        if flag not in ("--teacher gone", "--coeff 0"):                 # a control
+            alone = run(flag)
+            assert alone[:2] != default[:2] and "without effect" not in capsys.readouterr().out
+            assert len({*linear_eval.row_labels([alone[2], default[2]])[0]}) == 2
 
 
 def test_code_is_known_by_what_it_computes(tmp_path):
@@ -329,7 +308,7 @@ def copied(tmp_path_factory):
          "backbone\nfrom linear_eval")
     for name in ("mine.py", "nets/__init__.py", "nets/backbone.py"):
         (place / "code" / name).write_text("SIZE = 1\n")
-    run = partial(run_copy, "byol_disc", place, *PLAIN, place=place / "code")
+    run = partial(processes.run, "byol_disc", place, *PLAIN, place=place / "code")
     assert run("done") == 0, text(place, "err")
     assert run("half", moment=6) == -9 and log_of(place / "half") == [None, 0, 1]
     return place
@@ -340,26 +319,20 @@ def edit(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-MARGIN = 'parser.add_argument("--margin", default=0.0)\n    parser.add_argument("--tau"'
-
 
 @pytest.mark.parametrize("file, old, new, other", [
     ("byol_disc.py", "(pair13 + pair23) / 2 ", "(pair13 + pair23) / 3 ", True),
-    ("byol_disc.py", 'parser.add_argument("--tau"', MARGIN, True),
-    ("common.py", "weight = torch.where(d < 1, (1.5", "weight = torch.where(d < 1, (1.4", True),
-    ("mine.py", "1", "2", True), ("nets/backbone.py", "1", "2", True),
-    ("common.py", '"""Wait for the other ranks."""', '"""Wait."""  # for the others', False)],
-    ids=["script", "flag", "common", "module", "package", "docstring"])
+    ("nets/backbone.py", "1", "2", True),
+    ("common.py", '"""Wait for the other ranks."""', '"""Wait."""  # for the others', False)])
 def test_edited_code_and_the_same_command(copied, tmp_path, file, old, new, other):
     """The accuracies of a finished run of other code are not shown; a half-done one goes on."""
-    place = tmp_path / "copy"
+    place, code = tmp_path / "copy", tmp_path / "copy" / "code"
     shutil.copytree(copied, place)
-    edit(place / "code" / file, old, new)
-    code = partial(run_copy, place=place / "code")
-    status, out, err = finish("byol_disc", place, *PLAIN, "done", start=code)
+    edit(code / file, old, new)
+    status, out, err = finish("byol_disc", place, *PLAIN, "done", place=code)
     assert status == 0 and ("accuracy" in out) != other, err
     assert ("made by other code" in out and "--run-dir" in out) == other
-    status, out, err = finish("byol_disc", place, *PLAIN, "half", start=code)
+    status, out, err = finish("byol_disc", place, *PLAIN, "half", place=code)
     assert status == 0, err
     assert ("half: begun by other code" in out and "--run-dir" in out) == other
     config = json.loads((place / "half" / "config.json").read_text())
@@ -369,34 +342,27 @@ def test_edited_code_and_the_same_command(copied, tmp_path, file, old, new, othe
     assert log_of(place / "half") == [None, 0, 1, None, 2]
 
 
-def test_an_edited_encoder_does_not_fit_and_says_so(copied, tmp_path):
-    place = tmp_path / "copy"
-    shutil.copytree(copied, place)
-    edit(place / "code" / "common.py", "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
-         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(self.dim))")
-    code, before = partial(run_copy, place=place / "code"), (
-        place / "half" / "checkpoint.pt").read_bytes()
-    status, out, err = finish("byol_disc", place, *PLAIN, "half", start=code)
-    assert status == 2 and "of another network" in err and "damaged" not in err
-    assert (place / "half" / "checkpoint.pt").read_bytes() == before
-    status, out, err = finish("linear_eval", place, "half", start=code)
-    assert status == 2 and "of another network" in err and err.count("\n") == 1
-
-
-def test_an_ebm_of_other_code_is_said_to_be(whole, copied, tmp_path):
-    """Not one of the same code, also where common.py imports a module of its own."""
+@pytest.mark.parametrize("file", ["byol_disc.py", "common.py", "mine.py", "nets/__init__.py"])
+def test_the_code_of_a_run_is_that_of_its_files(copied, tmp_path, file):
     shutil.copytree(copied / "code", tmp_path / "code")
-    common_py, flags = tmp_path / "code" / "common.py", ["--epochs", "0", "--run-dir"]
-    edit(common_py, "import numpy as np\n", "import numpy as np\nimport mine\n")
-    code = partial(run_copy, place=tmp_path / "code")
-    said = []
-    for n in range(3):
-        if n == 2:
-            edit(common_py, "noise_std=0.005", "noise_std=0.006")
-        status, out, err = finish("byol_disc", tmp_path, *flags, str(n), start=code)
-        assert status == 0, err
-        said.append("ebm.pt: made by other code" in out and "--ebm" in out)
-    assert said == [False, False, True]
+    before = common.source_files(tmp_path / "code" / "byol_disc.py")
+    code = common.code_checksum(before)
+    (tmp_path / "code" / file).write_text((tmp_path / "code" / file).read_text() + "\nMORE = 1\n")
+    assert common.source_files(tmp_path / "code" / "byol_disc.py") == before
+    assert common.code_checksum(before) != code
+
+
+def test_an_edited_encoder_does_not_fit_and_says_so(copied, tmp_path):
+    place, code = tmp_path / "copy", tmp_path / "copy" / "code"
+    shutil.copytree(copied, place)
+    edit(code / "common.py", "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
+         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(self.dim))")
+    before = (place / "half" / "checkpoint.pt").read_bytes()
+    for script, flags in [("byol_disc", [*PLAIN, "half"]), ("linear_eval", ["half"])]:
+        status, out, err = finish(script, place, *flags, place=code)
+        assert status == 2 and "of another network" in err and err.count("\n") == 1
+        assert "damaged" not in err
+    assert (place / "half" / "checkpoint.pt").read_bytes() == before
 
 
 def draw_folder(path, name_of):
@@ -433,29 +399,29 @@ def cells(out):
     return label, [None if value == "-" else float(value) for value in values]
 
 
-@pytest.mark.parametrize("change", ["labels", "test image", "training image"])
-def test_other_data_under_a_run_is_refused(evaluated, tmp_path, change):
+def test_other_data_under_a_run_is_refused(evaluated, tmp_path):
     """Whether the run is finished or not; the same data are known wherever they are."""
-    directory = tmp_path / "copy"
+    directory, images = tmp_path / "copy", tmp_path / "copy" / "moved"
     shutil.copytree(evaluated, directory)
-    (directory / "images").rename(directory / "moved")
-    images = directory / "moved"
-    for run, epochs in [("run", "2"), ("half", "3")]:
-        flags = [*FOLDER, "--run-dir", run, "--epochs", epochs, "--data-dir"]
-        if run == "run":
-            status, out, err = finish("byol_disc", directory, *flags, "moved")
-            assert status == 0 and "is finished" in out, err
-            if change == "labels":
-                shutil.rmtree(images / "test")
-                shutil.copytree(directory / "swapped" / "test", images / "test")
-            else:
-                split = {"test image": "test", "training image": "train"}[change]
-                first, second, *_ = sorted((images / split).rglob("*.png"))
-                first.write_bytes(second.read_bytes())
-        log = log_of(directory / run)
-        status, out, err = finish("byol_disc", directory, *flags, "moved")
-        assert status == 2 and err.startswith(f"error: {run}: made with other "), err
-        assert "accuracy" not in out and err.count("\n") == 1 and log_of(directory / run) == log
+    (directory / "images").rename(images)
+    image, other = sorted((images / "train").rglob("*.png"))[:2]
+    flags = {run: [*FOLDER, "--run-dir", run, "--epochs", epochs, "--data-dir", "moved"]
+             for run, epochs in [("run", "2"), ("half", "3")]}
+    status, out, err = finish("byol_disc", directory, *flags["run"])
+    assert status == 0 and "is finished" in out, err
+    for change in ("labels", "image"):
+        if change == "labels":
+            (images / "test").rename(images / "kept")
+            (directory / "swapped" / "test").rename(images / "test")
+        else:
+            shutil.rmtree(images / "test")
+            (images / "kept").rename(images / "test")
+            image.write_bytes(other.read_bytes())
+        for run in flags:
+            log = log_of(directory / run)
+            status, out, err = finish("byol_disc", directory, *flags[run])
+            assert status == 2 and err.startswith(f"error: {run}: made with other "), err
+            assert "accuracy" not in out and err.count("\n") == 1 and log_of(directory / run) == log
 
 
 def test_a_run_is_measured_on_other_labelled_data(evaluated, tmp_path):
@@ -486,34 +452,6 @@ def test_an_unfinished_run_has_a_row_of_its_own(evaluated):
     status, out, err = finish("linear_eval", evaluated, "run", "half")
     rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| byol")]
     assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=1 of 3"], err
-
-
-@pytest.mark.parametrize("name, content", [("config.json", '{"learning": "my own"}')])
-def test_a_directory_of_somebody_else_is_left_as_it_is(stub, tmp_path, name, content):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text(content)
-    with pytest.raises(UserError, match=name):
-        stub()
-    assert (tmp_path / "run" / name).read_text() == content
-
-
-def test_a_run_knows_its_ebm_by_its_weights(tmp_path):
-    """Under another name it goes on with it; with another one, made with the same flags, not."""
-    def go_on(ebm):
-        return finish("byol_disc", tmp_path, "--run-dir", "run", "--epochs", "1", "--ebm", ebm)
-
-    status, _, err = finish("simclr_disc", tmp_path, "--run-dir", "other", "--ebm", "other.pt",
-                            "--seed", "1", "--epochs", "0")
-    assert status == 0, err
-    assert go_on("ebm.pt")[0] == 0
-    (tmp_path / "ebm.pt").rename(tmp_path / "moved.pt")
-    assert go_on("gone.pt")[0] == 0 and not (tmp_path / "gone.pt").exists()   # it is finished
-    (tmp_path / "run" / "eval.json").unlink()
-    assert go_on("moved.pt")[0] == 0
-    (tmp_path / "run" / "eval.json").unlink()
-    status, _, err = go_on("other.pt")
-    assert status == 2 and err.startswith("error: run: made with another EBM or frozen network")
-    assert not (tmp_path / "run" / "eval.json").exists()
 
 
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):

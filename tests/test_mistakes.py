@@ -12,7 +12,7 @@ import common
 import linear_eval
 import simclr_disc
 import simclr_langevin
-from processes import run
+from processes import TINY
 
 LANGEVIN, DISC = [simclr_langevin, byol_langevin], [simclr_disc, byol_disc]
 BYOL, SIMCLR = [byol_disc, byol_langevin], [simclr_disc, simclr_langevin]
@@ -53,42 +53,30 @@ def refused(program, flags, monkeypatch, capsys):
 
 
 CASES = [
-    (ALL, "--width 7", "--width"), (ALL, "--width 1025", "--width"),
-    (ALL, "--width 8.5", "--width"), (ALL, "--wid 8", "--wid"), (ALL, "--unknown 1", "--unknown"),
-    (ALL, "--seed -1", "--seed"), (ALL, "--seed 9999999999999999999", "--seed"),
-    (ALL, "--subset -1", "--subset"), (ALL, "--subset 5001", "--subset 5001"),
-    (ALL, "--ebm-iters -1", "--ebm-iters"), (ALL, f"--ebm-iters {10 ** 10}", "--ebm-iters"),
-    (ALL, "--ebm-rotation nan", "--ebm-rotation"), (ALL, "--ebm-objective vae", "--ebm-objective"),
-    (ALL, "--precision tf32", "--precision"), (ALL, "--device nowhere", "--device nowhere"),
-    (ALL, "--device meta", "--device meta"), (ALL, "--device cuda:7", "--device cuda:7"),
-    (ALL, "--dataset mnist", "--dataset"), (ALL, "--dataset folder", "--data-dir data"),
+    *[(programs, flags, flags.split()[0]) for programs, given in [
+        (ALL, "--width 7, --width 1025, --width 8.5, --wid 8, --unknown 1, --seed -1, "
+              "--seed 9999999999999999999, --subset -1, --subset 5001, --ebm-iters -1, "
+              "--ebm-iters 10000000000, --ebm-rotation nan, --ebm-objective vae, --dataset mnist, "
+              "--precision tf32, --device nowhere, --device meta, --device cuda:7, --ebm file"),
+        (TRAINING, "--epochs -1, --epochs 10000000000, --batch-size 1, --batch-size 513, --lr inf, "
+                   "--lr -1, --emb 0, --emb 10000000000000, --coeff -0.1, --coeff nan, "
+                   "--eval-every -1, --schedule flat"),
+        (LANGEVIN, "--alpha 1.1, --alpha -0.1, --steps -1, --steps 1.5, --step-size -1, "
+                   "--noise-std -1, --noise-unit inf, --grad-clip nan, --use both, --view disc, "
+                   "--view augment --use dataset"),
+        (DISC, "--layers first, --alpha 0.5, --disc-input both"),
+        (SIMCLR, "--temperature 0"), (BYOL, "--tau 1.1, --tau nan")] for flags in given.split(", ")],
+    (ALL, "--dataset folder", "--data-dir data"), (ALL, "--ebm file/ebm.pt", "file/ebm.ebm"),
     (ALL, "--dataset folder --data-dir empty", "--data-dir empty"),
     (ALL, "--dataset folder --data-dir file", "--data-dir file"),
     (ALL, "--dataset cifar10 --data-dir /proc/none", "--dataset cifar10"),
-    (ALL, "--ebm file/ebm.pt", "file/ebm.ebm"),
     (TRAINING, "--run-dir file/run", "file/run"), (TRAINING, "--run-dir file", "file"),
     (TRAINING, f"--run-dir {256 * 'x'}", "File name too long"),
-    (TRAINING, "--epochs -1", "--epochs"), (TRAINING, f"--epochs {10 ** 10}", "--epochs"),
-    (TRAINING, "--batch-size 1", "--batch-size"), (TRAINING, "--batch-size 513", "size 513"),
-    (TRAINING, "--lr inf", "--lr"), (TRAINING, "--lr -1", "--lr"),
-    (TRAINING, "--emb 0", "--emb"), (TRAINING, f"--emb {10 ** 13}", "--emb"),
-    (TRAINING, "--coeff -0.1", "--coeff"), (TRAINING, "--coeff nan", "--coeff"),
-    (TRAINING, "--eval-every -1", "--eval-every"), (TRAINING, "--schedule flat", "--schedule"),
-    (LANGEVIN, "--alpha 1.1", "--alpha"), (LANGEVIN, "--alpha -0.1", "--alpha"),
-    (LANGEVIN, "--steps -1", "--steps"), (LANGEVIN, "--steps 1.5", "--steps"),
-    (LANGEVIN, "--step-size -1", "--step-size"), (LANGEVIN, "--noise-std -1", "--noise-std"),
-    (LANGEVIN, "--noise-unit inf", "--noise-unit"), (LANGEVIN, "--grad-clip nan", "--grad-clip"),
-    (LANGEVIN, "--use both", "--use"), (LANGEVIN, "--view disc", "--view"),
-    (LANGEVIN, "--use dataset --view augment", "--view augment"),
-    (DISC, "--layers first", "--layers"), (DISC, "--alpha 0.5", "--alpha"),
-    (DISC, "--disc-input both", "--disc-input"), (DISC, "--teacher nowhere", "nowhere"),
-    (SIMCLR, "--temperature 0", "--temperature"), (BYOL, "--tau 1.1", "--tau"),
-    (BYOL, "--tau nan", "--tau"),
+    (DISC, "--teacher nowhere", "nowhere"),
     ([linear_eval], "", "paths"), ([linear_eval], "nowhere", "nowhere"),
     ([linear_eval], "nowhere --split dev", "--split"), ([linear_eval], "file", "file"),
     ([linear_eval], "nowhere.pt", "nowhere.pt"), ([linear_eval], "file.jsonl", "file.jsonl"),
-    ([linear_eval], "file.ebm", "nothing to evaluate"), ([linear_eval], "~nobody/run", "/run"),
-]
+    ([linear_eval], "file.ebm", "nothing to evaluate"), ([linear_eval], "~nobody/run", "/run")]
 
 
 @pytest.mark.parametrize("programs, flags, named", CASES, ids=[flags for _, flags, _ in CASES])
@@ -179,20 +167,18 @@ def test_every_path_may_begin_with_a_tilde(program, monkeypatch):
         assert [args[name] for name in names] == [meant] * len(names)
 
 
-def test_a_damaged_file_of_a_run_is_one_line(tmp_path):
-    flags = ["--run-dir", "run", "--use", "dataset", "--steps", "1", "--subset", "64"]
-    assert run("byol_langevin", tmp_path, *flags) == 0
-    done = tmp_path / "run" / "eval.json"
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path, monkeypatch, capsys, small):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, "--run-dir", "run", "--use", "dataset", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["byol_langevin.py", *flags])
+    common.launch(byol_langevin.main)
     for name, content in {"config.json": b"[1]", "eval.json": b"", "generated.pt": b"PK\3\4 cut",
                           "checkpoint.pt": b"\xff"}.items():
         path = tmp_path / "run" / name
         whole = path.read_bytes()
         if name.endswith(".pt"):
-            done.unlink(missing_ok=True)
+            (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
         path.write_bytes(content)
-        (tmp_path / "err").write_text("")
-        assert run("byol_langevin", tmp_path, *flags) == 2, name
-        err = (tmp_path / "err").read_text()
-        assert err.startswith(f"error: run/{name}: ") and err.count("\n") == 1, err
+        assert refused(byol_langevin, flags, monkeypatch, capsys).startswith(f"error: run/{name}: ")
         assert path.read_bytes() == content
         path.write_bytes(whole)

@@ -652,7 +652,7 @@ def prepare_device(args):
         raise UserError(f"--device {args.device}: cannot be used ({first_line})") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: use cpu or cuda; on mps, BatchNorm of "
-                        "channels_last images has wrong gradients (pytorch issue 175189)")
+                        "channels_last images has wrong gradients (pytorch#175189)")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True

@@ -133,7 +133,7 @@ evaluate.code = code_checksum([Path(__file__)])           # at import, as the fi
 
 
 def make_args(config, flags):
-    """The flags of a run or an EBM, evaluated on this machine and on the data that flags name."""
+    """The flags of a run or an EBM, with the device and the data of the command line."""
     return argparse.Namespace(**{**config, "device": flags.device,
                                  "dataset": flags.dataset or config["dataset"],
                                  "data_dir": flags.data_dir or (

@@ -43,8 +43,9 @@ def test_a_flag_of_ones_own_named_like_another_counts():
 
 def test_teachers_of_other_settings_have_other_names(tmp_path):
     args = SimpleNamespace(teacher=tmp_path, seed=0, width=8, lr=0.1, coeff=1)
-    teacher = dict(script="simclr_disc", epochs=2, seed=1, width=8, lr=0.1, coeff=0, temperature=0.5,
-                   defaults=dict(width=64, lr=0.003, coeff=0.1, temperature=0.5, seed=0, epochs=9))
+    defaults = dict(width=64, lr=0.003, coeff=0.1, temperature=0.5, seed=0, epochs=9)
+    teacher = {**defaults, "script": "simclr_disc", "epochs": 2, "seed": 1, "width": 8, "lr": 0.1,
+               "coeff": 0, "defaults": defaults}
     for change, expected in [({}, ", seed +1"), ({"lr": 1.0, "seed": 0}, ", lr 1.0"),
                              ({"temperature": 0.1}, ", temperature 0.1, seed +1"),
                              ({"coeff": 0.5, "seed": 0}, ", coeff 0.5")]:
@@ -90,7 +91,8 @@ def test_accuracies_of_another_linear_eval_are_said_to_be(tmp_path, capsys):
     for code, said in [(linear_eval.evaluate.code, False), ("12345678", True)]:
         save(tmp_path / "eval.json", {**accuracies, "evaluation": code})
         (_, result), = linear_eval.evaluate_run(tmp_path, flags)
-        assert result["linear"] == 50 and ("another linear_eval.py" in capsys.readouterr().out) == said
+        assert result["linear"] == 50
+        assert ("another linear_eval.py" in capsys.readouterr().out) == said
 
 
 def test_a_results_file_is_of_its_own_data_and_split(tmp_path):

@@ -14,12 +14,9 @@ import byol_disc
 import byol_langevin
 import common
 import simclr_disc
-import simclr_langevin
 from common import UserError, draw_shapes, nt_xent
 from processes import CONTEXT, wait
-from test_methods import make
-
-SCRIPTS = [simclr_disc, byol_disc, simclr_langevin, byol_langevin]
+from test_methods import SCRIPTS, make
 
 
 def flattened_gradient(module):
@@ -61,20 +58,22 @@ def meet(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 
 
-def work(rank, folder, cut):
+def work(rank, folder):
+    """Saves the results, and those of a gather without gradient."""
+    def gather_without_gradient(x):
+        parts = [torch.empty_like(x) for _ in range(2)]
+        dist.all_gather(parts, x.detach())
+        parts[rank] = x
+        return torch.cat(parts)
+
     meet(rank, folder)
-    if cut:
-        def gather_without_gradient(x):
-            parts = [torch.empty_like(x) for _ in range(2)]
-            dist.all_gather(parts, x.detach())
-            parts[rank] = x
-            return torch.cat(parts)
-        common.gather = gather_without_gradient
-    results = everything()
-    for loss, _ in results:
-        dist.all_reduce(loss)
-    if rank == 0:
-        torch.save([(loss / 2, gradient) for loss, gradient in results], f"{folder}/results")
+    for name, gather in [("right", common.gather), ("cut", gather_without_gradient)]:
+        common.gather = gather
+        results = everything()
+        for loss, _ in results:
+            dist.all_reduce(loss)
+        if rank == 0:
+            torch.save([(loss / 2, gradient) for loss, gradient in results], f"{folder}/{name}")
     dist.destroy_process_group()
 
 
@@ -86,31 +85,19 @@ def both(work, *args):
     return [wait(rank) for rank in ranks]
 
 
-def on_two_ranks(folder, cut=False):
-    assert both(work, folder, cut) == [0, 0]
-    return torch.load(folder / "results")
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
+def test_two_ranks_equal_one(tmp_path, monkeypatch):
     for script in SCRIPTS:                              # `step` replaces these for good
         monkeypatch.setattr(script, "augment", None)
         monkeypatch.setattr(script, "langevin_view", None, raising=False)
-    return everything()
-
-
-def test_two_ranks_equal_one(one_rank, tmp_path):
-    for (loss, gradient), (loss_2, gradient_2) in zip(one_rank, on_two_ranks(tmp_path)):
-        assert gradient.abs().max() > 1e-3
-        assert torch.allclose(loss, loss_2, atol=1e-5)
-        assert torch.allclose(gradient, gradient_2, atol=1e-5)
-
-
-def test_a_gather_without_gradient_is_noticed(one_rank, tmp_path):
-    cut = on_two_ranks(tmp_path, cut=True)
-    same = [torch.allclose(a, b, atol=1e-5) for (_, a), (_, b) in zip(one_rank, cut)]
-    assert same == [False, False, True, False, True]    # BYOL has no negatives to gather
-    assert all(torch.allclose(a, b, atol=1e-5) for (a, _), (b, _) in zip(one_rank, cut))
+    one_rank = everything()
+    assert both(work, tmp_path) == [0, 0]
+    assert all(gradient.abs().max() > 1e-3 for _, gradient in one_rank)
+    for name, equal in [("right", 5 * [True]),
+                        ("cut", [False, False, True, False, True])]:    # BYOL has no negatives
+        two_ranks = torch.load(tmp_path / name)
+        assert all(torch.allclose(a, b, atol=1e-5) for (a, _), (b, _) in zip(one_rank, two_ranks))
+        assert equal == [torch.allclose(a, b, atol=1e-5)
+                         for (_, a), (_, b) in zip(one_rank, two_ranks)]
 
 
 def slowly(function):
@@ -242,16 +229,16 @@ def test_a_layer_without_gradient_is_named(monkeypatch, capsys):
     model = torch.nn.ModuleDict(dict(used=torch.nn.Linear(1, 1), fc=torch.nn.Linear(1, 1),
                                      frozen=torch.nn.Linear(1, 1).requires_grad_(False)))
     model["used"](torch.ones(1, 1)).sum().backward()
-    run = SimpleNamespace(steps=[], model=model)
+    run = SimpleNamespace(steps=[], model=model, noted=False)
     for _ in range(2):
         common.Run.log(run, loss=torch.ones(()))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "trained: fc.weight, fc.bias\n" in out
     monkeypatch.setattr(common, "world_size", lambda: 2)
     with pytest.raises(UserError, match="fc.weight"):
-        common.Run.log(SimpleNamespace(steps=[], model=model), loss=torch.ones(()))
+        common.Run.log(SimpleNamespace(steps=[], model=model, noted=False), loss=torch.ones(()))
     del model["fc"]                                                              # a control
-    common.Run.log(SimpleNamespace(steps=[], model=model), loss=torch.ones(()))
+    common.Run.log(SimpleNamespace(steps=[], model=model, noted=False), loss=torch.ones(()))
     assert capsys.readouterr().out == ""
 
 

@@ -17,7 +17,7 @@ import simclr_disc
 import simclr_langevin
 from common import Discriminator, Encoder, draw_shapes, langevin, nt_xent
 
-SCRIPTS = [simclr_langevin, byol_langevin, simclr_disc, byol_disc]
+SCRIPTS = [simclr_disc, byol_disc, simclr_langevin, byol_langevin]
 FLAGS = dict(width=8, emb=8, layers="last", temperature=0.3, use="auxiliary", alpha=0.7, steps=2,
              view="langevin", disc_input="augment", step_size=7, noise_std=2.0, noise_unit=0.004,
              grad_clip=0.02)

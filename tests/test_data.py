@@ -14,7 +14,7 @@ from torchvision.datasets.folder import make_dataset
 import common
 from common import (UserError, checksum, draw_shapes, has_test, load_images, make_parser,
                     parse_flags, read_image, training_images)
-from processes import CONTEXT
+from processes import CONTEXT, wait
 
 
 def write(path, pixels):
@@ -22,35 +22,33 @@ def write(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
+def gray(value, *size):
+    return np.full(size or (9, 9), value, np.uint8)
+
+
 @pytest.fixture
 def folder(tmp_path):
     for split in ("train", "test"):
         for label, name in enumerate(["apple", "pear"]):
             for i in range(3):
-                gray = np.full((32, 32, 3), 100 * label + i, np.uint8)
-                write(tmp_path / split / name / f"{i}.png", gray)
+                write(tmp_path / split / name / f"{i}.png", gray(100 * label + i))
     return tmp_path
-
-
-def test_folder(folder):
-    images, labels = load_images("folder", folder, "train")
-    assert images.dtype == torch.uint8 and images.shape == (6, 3, 32, 32)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and labels.dtype == torch.int64
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
 
 
 def test_folder_takes_any_size_and_mode(folder, capsys):
     apple = folder / "train" / "apple"
-    write(apple / "gray.png", np.full((90, 50), 60, np.uint8))
+    write(apple / "gray.png", gray(60, 90, 50))
     palette = Image.new("P", (9, 9), 1)
     palette.putpalette([0, 0, 0, 80, 80, 80])
     palette.save(apple / "palette.png")
     Image.new("CMYK", (9, 9), (0, 0, 0, 165)).save(apple / "print.jpg")
     (apple / "notes.txt").write_text("not an image")
-    write(folder / "train" / "loose.png", np.full((9, 9), 60, np.uint8))
+    write(folder / "train" / "loose.png", gray(60))
     images, labels = load_images("folder", folder, "train")
-    assert labels.tolist() == [0] * 6 + [1] * 3
-    assert [image.unique().tolist() for image in images[3:6]] == [[60], [80], [90]]
+    assert images.dtype == torch.uint8 and images.shape == (9, 3, 32, 32)
+    assert labels.tolist() == [0] * 6 + [1] * 3 and labels.dtype == torch.int64
+    values = [image.unique().tolist() for image in images]
+    assert values == [[0], [1], [2], [60], [80], [90], [100], [101], [102]]
     assert "reading 9 images of 2 classes" in capsys.readouterr().out
 
 
@@ -61,9 +59,9 @@ def test_what_is_hidden_is_skipped(folder, hidden):
     for split in ("train", "test"):
         shutil.move(folder / split, above / split)
         for place in ("", "apple", "apple/more"):
-            write(above / split / place / hidden, np.full((9, 9), 60, np.uint8))
+            write(above / split / place / hidden, gray(60))
         assert load_images("folder", above, split)[1].tolist() == [0, 0, 0, 1, 1, 1]
-    write(above / "train" / "apple" / "more" / "0.png", np.full((9, 9), 60, np.uint8))
+    write(above / "train" / "apple" / "more" / "0.png", gray(60))
     load_images.cache_clear()
     assert load_images("folder", above, "train")[1].tolist() == [0] * 4 + [1] * 3    # a control
 
@@ -73,7 +71,7 @@ def test_the_order_is_torchvisions(tmp_path):
     paths = [tmp_path / "train" / c / sub / name for c in ("b", "a", "a-b", "Z")
              for sub in ("", "sub", "sub-x", "sub/y", "0") for name in ("9.png", "10.PNG", "B.png")]
     for i, path in enumerate(paths):
-        write(path, np.full((32, 32), i, np.uint8))
+        write(path, gray(i))
     classes = {"Z": 0, "a": 1, "a-b": 2, "b": 3}
     expected = make_dataset(tmp_path / "train", classes, extensions=(".png",))
     images, labels = load_images("folder", tmp_path, "train")
@@ -156,15 +154,13 @@ def test_folder_names_what_is_wrong(folder, capsys):
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.count("\n") == 1 and named in line, line
 
-    apple, pear, plum = (folder / "train" / name for name in ("apple", "pear", "plum"))
+    apple, plum = folder / "train" / "apple", folder / "train" / "plum"
     refused("--data-dir", data_dir=folder / "nowhere")
-    (apple / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    refused(f"{apple}/bad.jpg: not a readable image")
     Image.new("RGB", (90, 90), "red").save(apple / "bad.jpg")
-    (apple / "bad.jpg").write_bytes((apple / "bad.jpg").read_bytes()[:-99])          # cut short
-    refused(f"{apple}/bad.jpg: not a readable image")
-    (apple / "bad.jpg").write_bytes(b"")
-    refused(f"{apple}/bad.jpg: not a readable image")
+    whole = (apple / "bad.jpg").read_bytes()
+    for content in (b"\xff\xd8 broken", whole[:-99], b""):
+        (apple / "bad.jpg").write_bytes(content)
+        refused(f"{apple}/bad.jpg: not a readable image")
     (apple / "bad.jpg").unlink()
     (apple / "3.png").symlink_to("/nowhere")
     refused("apple/3.png")
@@ -202,12 +198,10 @@ def draw(capability, path):
 
 
 def test_shapes_do_not_depend_on_the_cpu(tmp_path):
-    processes = [CONTEXT.Process(target=draw, args=(capability, tmp_path / capability))
-                 for capability in ("default", "avx2")]
-    for process in processes:
+    for capability in ("default", "avx2"):
+        process = CONTEXT.Process(target=draw, args=(capability, tmp_path / capability))
         process.start()
-    for process in processes:
-        process.join()
+        assert wait(process) == 0
     plain, avx2 = (torch.load(tmp_path / capability) for capability in ("default", "avx2"))
     assert plain[1] == avx2[1] == checksum(draw_shapes(200, seed=0)[0]) == 3576287084
     assert plain[0] == "DEFAULT" and (plain[0] == avx2[0] or not torch.equal(plain[2], avx2[2]))

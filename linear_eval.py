@@ -190,7 +190,7 @@ def evaluate_ebm(path, flags):
     return rows
 
 
-def read_rows(path, flags):
+def read_rows(path, flags=None):
     """[(config, accuracies)] of a results file: a JSON object with both on each line."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -198,7 +198,7 @@ def read_rows(path, flags):
         splits = {result.get("split", "test") for _, result in rows if result}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a results file ({error})") from error
-    if flags.data_dir or flags.dataset or splits - {flags.split}:
+    if flags and (flags.data_dir or flags.dataset or splits - {flags.split}):
         raise UserError(f"{path}: its results are of their own data and split; name runs instead")
     return rows
 

@@ -67,7 +67,7 @@ def test_its_features_are_those_of_the_encoder_standardised(script, made, monkey
     saved = torch.load(made / "simclr" / "checkpoint.pt", weights_only=True)["model"]
     encoder = Encoder(8).eval()
     encoder.load_state_dict({name[8:]: x for name, x in saved.items() if name[:8] == "encoder."})
-    torch.manual_seed(seed_of(0, args.ebm_iters))       # the pass over which it standardised
+    torch.manual_seed(seed_of(0, 0))                    # the pass over which it standardised
     views = augment(images)
     h, raw = teacher.features(views, "last"), encoder(views)
     assert torch.allclose(h, (raw - raw.mean(0)) / raw.std(0, correction=0), atol=1e-3)

@@ -19,7 +19,7 @@ import common
 import linear_eval
 import simclr_disc
 import simclr_langevin
-from common import Encoder, draw_shapes, langevin, load_ebm, seed_of
+from common import Encoder, langevin, load_ebm, seed_of
 from linear_eval import extract_features
 
 CHAIN = dict(steps=6, step_size=7.0, noise_std=2 * 0.004, grad_clip=1e-4)
@@ -31,22 +31,18 @@ LANGEVIN = ("--alpha 0.7 --steps 6 --step-size 7 --noise-std 2 --noise-unit 0.00
 
 
 @pytest.fixture
-def program(tmp_path, monkeypatch):
+def program(tmp_path, monkeypatch, small):
     """Set the command line, in a directory of its own; returns the flags and the 51 images."""
-    shapes = {n: draw_shapes(n // 25, seed) for n, seed in [(5000, 0), (1000, 1)]}
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: shapes[n])
     monkeypatch.setitem(linear_eval.METRICS, "linear", fingerprint)
     monkeypatch.chdir(tmp_path)
-    common.load_images.cache_clear()
 
     def prepare(script, flags):
         langevin_flags = LANGEVIN if script in (simclr_langevin, byol_langevin) else []
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *FLAGS, *langevin_flags,
                                           *flags.split()])
         order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-        return script.parse(), shapes[5000][0][order[:51]]
-    yield prepare
-    common.load_images.cache_clear()
+        return script.parse(), common.draw_shapes(5000, 0)[0][order[:51]]
+    return prepare
 
 
 def fingerprint(train_x, train_y, test_x, test_y):
@@ -54,6 +50,13 @@ def fingerprint(train_x, train_y, test_x, test_y):
     w = torch.arange(train_x.shape[1]).double().cos()
     train, test = (train_x.double() @ w).abs(), (test_x.double() @ w).abs()
     return (train * train_y).mean().item() + test.mean().item()
+
+
+def linear(encoder):
+    """Its accuracy in eval.json."""
+    (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
+    features = extract_features(encoder, x), y, extract_features(encoder, test_x), test_y
+    return pytest.approx(fingerprint(*features), rel=1e-4)
 
 
 def lr_at(step, args):
@@ -156,11 +159,8 @@ def test_a_run_is_a_plain_loop(script, flags, program):
     assert start["epoch"] == 0 and start["knn5"] == result["untrained"]["knn5"]
     torch.manual_seed(args.seed)
     for values, encoder in [(result, method.encoder), (result["untrained"], Encoder(8))]:
-        (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
         with autocast(args):
-            expected = fingerprint(extract_features(encoder, x), y,
-                                   extract_features(encoder, test_x), test_y)
-        assert values["linear"] == pytest.approx(expected, rel=1e-4)
+            assert values["linear"] == linear(encoder)
     assert result["linear"] != pytest.approx(result["untrained"]["linear"], rel=1e-3)
 
 
@@ -210,11 +210,6 @@ def test_the_untrained_encoder_is_the_very_network_that_is_trained(program, monk
         encoder, g = Own("weights.pt", depth=width), torch.Generator().manual_seed(9)
         encoder.net[2].weight.data = torch.randn(64, 192, generator=g)
         return encoder
-
-    def linear(encoder):
-        (x, y), (test_x, test_y) = common.draw_shapes(5000, 0), common.draw_shapes(1000, 1)
-        return pytest.approx(fingerprint(extract_features(encoder, x), y,
-                                         extract_features(encoder, test_x), test_y), rel=1e-4)
 
     monkeypatch.setattr(byol_disc, "Encoder", pretrained)
     args, _ = program(byol_disc, "--coeff 0")

@@ -113,7 +113,7 @@ def halted(process, path):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tensors(tmp_path):
-    """Before the last renaming of a file, from the EBM's log to eval.json; and with the same log."""
+    """Before the last renaming of a file, from the EBM's first to eval.json; with the same log."""
     whole = tmp_path / "whole"
     whole.mkdir()
     assert run("byol_langevin", whole, *BANK, moment="each") == 0, (whole / "err").read_text()

@@ -65,7 +65,8 @@ CASES = [
                    "--noise-std -1, --noise-unit inf, --grad-clip nan, --use both, --view disc, "
                    "--view augment --use dataset"),
         (DISC, "--layers first, --alpha 0.5, --disc-input both"),
-        (SIMCLR, "--temperature 0"), (BYOL, "--tau 1.1, --tau nan")] for flags in given.split(", ")],
+        (SIMCLR, "--temperature 0"),
+        (BYOL, "--tau 1.1, --tau nan")] for flags in given.split(", ")],
     (ALL, "--dataset folder", "--data-dir data"), (ALL, "--ebm file/ebm.pt", "file/ebm.ebm"),
     (ALL, "--dataset folder --data-dir empty", "--data-dir empty"),
     (ALL, "--dataset folder --data-dir file", "--data-dir file"),

@@ -100,7 +100,8 @@ def steps(script, cuda, **flags):
     model.to("cuda")
     optimizer = torch.optim.Adam(cuda(model.parameters()), lr=3e-3, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 100))
-    run = SimpleNamespace(args=SimpleNamespace(batch_size=8, seed=0), steps=[], model=model, noted=False)
+    args = SimpleNamespace(batch_size=8, seed=0)
+    run = SimpleNamespace(args=args, steps=[], model=model, noted=False)
     batches = common.Run.batches(run, images(64), 1)
 
     def step():

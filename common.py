@@ -767,18 +767,18 @@ def without_effect(args):
     langevin, disc = "use" in flags, "disc_input" in flags or "version" in flags   # older results
     is_data, iters = flags.get("use") == "dataset", flags.get("ebm_iters", 1)
     baseline = flags.get("coeff", 1) == 0 and not is_data
-    no_chain = langevin and (baseline or flags["view"] == "augment")
+    no_chain = langevin and (baseline or flags.get("view") == "augment")
     cases = [(is_data, {"coeff"}),
              (baseline, EBM_FLAGS),
              (baseline and langevin, {"view"}),
              (baseline and disc, {"layers", "disc_input", "teacher"}),
              (disc and flags.get("teacher"), EBM_FLAGS | {"layers"}),
              (no_chain, EBM_FLAGS | CHAIN_FLAGS),
-             (langevin and flags["steps"] == 0, EBM_FLAGS | STEP_FLAGS),
-             (langevin and flags["step_size"] == 0, EBM_FLAGS | {"grad_clip"}),
-             (langevin and flags["grad_clip"] == 0, EBM_FLAGS | {"step_size"}),
-             (langevin and flags["noise_std"] == 0, {"noise_unit"}),
-             (langevin and flags["noise_unit"] == 0, {"noise_std"}),
+             (langevin and flags.get("steps", 1) == 0, EBM_FLAGS | STEP_FLAGS),
+             (langevin and flags.get("step_size", 1) == 0, EBM_FLAGS | {"grad_clip"}),
+             (langevin and flags.get("grad_clip", 1) == 0, EBM_FLAGS | {"step_size"}),
+             (langevin and flags.get("noise_std", 1) == 0, {"noise_unit"}),
+             (langevin and flags.get("noise_unit", 1) == 0, {"noise_std"}),
              (iters == 0, {"ebm_rotation"}),
              (iters == 0 and flags.get("ebm_objective") != "ade", {"ebm_objective"})]
     return set().union(*(names for holds, names in cases if holds))

@@ -218,8 +218,8 @@ def row_labels(rows, any_code=False):
                                       **config.get("defaults", {})}
         codes.setdefault(config["script"], set()).add(config.get("code"))
     for config, result in rows:
-        unused = HIDDEN | without_effect(argparse.Namespace(**config))
         shown = {**defaults[config["script"]], **config}
+        unused = HIDDEN | without_effect(argparse.Namespace(**shown))
         shown = {flag: value for flag, value in shown.items() if flag not in unused}
         shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
         if len(codes[config["script"]]) > 1:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torchvision.datasets.folder import make_dataset
 
 import common
 from common import (UserError, checksum, draw_shapes, has_test, load_images, make_parser,
@@ -64,20 +63,6 @@ def test_what_is_hidden_is_skipped(folder, hidden):
     write(above / "train" / "apple" / "more" / "0.png", gray(60))
     load_images.cache_clear()
     assert load_images("folder", above, "train")[1].tolist() == [0] * 4 + [1] * 3    # a control
-
-
-def test_the_order_is_torchvisions(tmp_path):
-    """Class by class, its folders as strings, then their files; each image says which it is."""
-    paths = [tmp_path / "train" / c / sub / name for c in ("b", "a", "a-b", "Z")
-             for sub in ("", "sub", "sub-x", "sub/y", "0") for name in ("9.png", "10.PNG", "B.png")]
-    for i, path in enumerate(paths):
-        write(path, gray(i))
-    classes = {"Z": 0, "a": 1, "a-b": 2, "b": 3}
-    expected = make_dataset(tmp_path / "train", classes, extensions=(".png",))
-    images, labels = load_images("folder", tmp_path, "train")
-    ours = [(str(paths[i]), label) for i, label in zip(images[:, 0, 0, 0], labels.tolist())]
-    assert ours == expected and len(ours) == 60
-    assert ours != sorted(expected, key=lambda item: item[0].split("/"))               # a control
 
 
 @pytest.mark.parametrize("dtype, kind", [

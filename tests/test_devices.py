@@ -240,13 +240,3 @@ def test_a_layer_without_gradient_is_named(monkeypatch, capsys):
     del model["fc"]                                                              # a control
     common.Run.log(SimpleNamespace(steps=[], model=model, noted=False), loss=torch.ones(()))
     assert capsys.readouterr().out == ""
-
-
-def test_the_ranks_part_at_the_end(monkeypatch):
-    parted = []
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: parted.append(True))
-    common.launch(lambda: None)
-    assert parted == []
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    common.launch(lambda: None)
-    assert parted == [True]

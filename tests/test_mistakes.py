@@ -151,21 +151,17 @@ def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
         assert f"(default: {epochs})" in passes.split("--")[0]
 
 
-TILDES = {"~/a~.pt": "/home/a~.pt", "~nobody-here/a.pt": "~nobody-here/a.pt", "a/~.pt": "a/~.pt"}
-
-
 @pytest.mark.parametrize("program", ALL)
 def test_every_path_may_begin_with_a_tilde(program, monkeypatch):
     """Which no shell expands after a `=`."""
     monkeypatch.setenv("HOME", "/home")
     names = ["ebm", "data_dir", *["run_dir"] * (program in TRAINING),
              *["teacher"] * (program in DISC)]
-    for given, meant in TILDES.items():
-        flags = [f"--{name.replace('_', '-')}={given}" for name in names]
-        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
-        args = vars(program.parse() if program is not common else common.parse_flags(
-            common.make_parser("", common.__file__, training=False)))
-        assert [args[name] for name in names] == [meant] * len(names)
+    flags = [f"--{name.replace('_', '-')}=~/a~.pt" for name in names]
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
+    args = vars(program.parse() if program is not common else common.parse_flags(
+        common.make_parser("", common.__file__, training=False)))
+    assert {args[name] for name in names} == {"/home/a~.pt"}
 
 
 def test_a_damaged_file_of_a_run_is_one_line(tmp_path, monkeypatch, capsys, small):

@@ -180,17 +180,6 @@ def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub):
         run.lock.release()
 
 
-def test_a_run_knows_its_frozen_network_by_its_weights(stub):
-    """Not by its name; before the run is finished."""
-    first, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    for network_of_run, refused in [(first, False), (first, False), (other, True)]:
-        run = stub(ebm=f"{refused}.pt")
-        with pytest.raises(UserError, match="another EBM or frozen") if refused else nullcontext():
-            run.freeze(network_of_run)
-            next(run.epochs(**network()))
-        run.lock.release()
-
-
 def test_a_directory_of_somebody_else_is_left_as_it_is(stub, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"learning": "my own"}')
@@ -226,7 +215,7 @@ def test_every_flag_but_those_of_places_tells_runs_apart(script, tmp_path, monke
 
 
 def test_a_flag_that_a_config_lacks_counts_as_its_default():
-    """Whichever of the two lacks it; what has no default is unknown and refuses nothing."""
+    """Of either; what has no default is unknown and refuses nothing."""
     old, new = {"lr": 1, "defaults": {"lr": 1}}, {"lr": 1, "defaults": {"lr": 1, "margin": 0.0}}
     for margin, refused in [(0.0, False), (0.5, True)]:
         for pair in [(old, {**new, "margin": margin}), ({**new, "margin": margin}, old)]:

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 

@@ -1544,7 +1544,7 @@ class Run:
 
 def main():
     args = parse_flags(make_parser("Train the EBM alone; scripts then load it.", __file__, False))
-    if Path(args.ebm).exists():
+    if rank() == 0 and Path(args.ebm).exists():
         raise UserError(f"--ebm {args.ebm}: exists already; delete it or name another file")
     train_ebm(training_images(args), args)
     show(f"{args.ebm} is trained; evaluate it by python linear_eval.py --untrained {args.ebm}")

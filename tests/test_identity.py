@@ -84,6 +84,17 @@ def test_the_sources_can_be_run(run):
     assert (source / "byol_disc.py").read_bytes() == (ROOT / "byol_disc.py").read_bytes()
 
 
+def test_the_code_has_the_imports_of_imports(tmp_path):
+    files = {"run.py": "import numpy\nimport a", "a.py": "from pk.sub import m", "pk/__init__.py": "",
+             "pk/sub/__init__.py": "", "pk/sub/m.py": "x = 1", "other.py": "y = 2"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = common.source_files(tmp_path / "run.py")
+    ours = {str(file.relative_to(tmp_path)) for file in found if file.is_relative_to(tmp_path)}
+    assert ours == files.keys() - {"other.py"} and ROOT / "common.py" in found
+
+
 def test_accuracies_of_another_linear_eval_are_said_to_be(tmp_path, capsys):
     accuracies = dict(linear=50.0, knn5=40.0, knn_cosine=None)
     save(tmp_path / "config.json", dict(script="byol_disc", epochs=1, seed=0))

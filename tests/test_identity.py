@@ -85,8 +85,9 @@ def test_the_sources_can_be_run(run):
 
 
 def test_the_code_has_the_imports_of_imports(tmp_path):
-    files = {"run.py": "import numpy\nimport a", "a.py": "from pk.sub import m", "other.py": "y = 2",
-             "pk/__init__.py": "", "pk/sub/__init__.py": "", "pk/sub/m.py": "x = 1"}
+    files = {"run.py": "import numpy\nimport a", "a.py": "from pk.sub import m",
+             "other.py": "y = 2", "pk/__init__.py": "", "pk/sub/__init__.py": "",
+             "pk/sub/m.py": "x = 1"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

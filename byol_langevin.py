@@ -116,7 +116,7 @@ def main():
             schedule.step()
             model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(**terms)
-    del step                                                              # and its graph's memory
+    del step                                                              # frees a graph's memory
     run.finish(model.encoder)
 
 

@@ -322,7 +322,7 @@ def augment(x):
         root = (height * width * (0.2 + 0.8 * area)).sqrt()
         stretch = (math.log(4 / 3) * (ratio - 0.5)).exp()                # root of width / height
         sides = torch.cat([torch.stack([root / stretch, root * stretch]).round(), whole], 1)
-        first = (sides <= whole).all(0, keepdim=True).int().argmax(1, keepdim=True)
+        first = (sides <= whole).all(0, keepdim=True).int().argmax(1, keepdim=True)    # that fits
         sides = sides.gather(1, first.expand(2, 1, b))                   # (2, 1, B): height, width
         start = (place[:, None] * (whole - sides + 1)).floor()
         rows, columns = resampling(start[:, 0], sides[:, 0], whole[:, 0], max(height, width))
@@ -365,7 +365,7 @@ def shift_hue(x, shift):
     """Shift the hue of x (B, 3, H, W) by `shift` (B,), in turns of the colour wheel, in HSV."""
     high, which = x.max(1, keepdim=True)                                           # (B, 1, H, W)
     chroma = high - x.amin(1, keepdim=True)
-    following = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, which)      # of r g - b, of g b - r, ...
+    following = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, which)      # g - b if r is highest, ...
     hue = following / chroma.clamp_min(1e-9) + 2 * which + 6 * shift[:, None, None, None]
     k = (hue + torch.arange(5, 0, -2, device=x.device)[:, None, None]) % 6         # (B, 3, H, W)
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -729,7 +729,7 @@ class Graphed:
             try:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.terms = self.step(self.x)
-            except Exception as error:                    # its context is the step's own error
+            except Exception as error:                    # torch's, on top of the step's own
                 cause = str(error.__context__ or error).split("\n")[0]
                 raise UserError(f"--graph: the step cannot be captured ({cause}); repeat the "
                                 "command without --graph, which resumes") from error
@@ -1111,7 +1111,7 @@ def spectral_weights(d):
     with parametrize.cached():
         with torch.autocast(d.linear.bias.device.type, enabled=False):
             for layer in d.modules():
-                getattr(layer, "weight", None)                      # one power iteration
+                getattr(layer, "weight", None)        # reading it computes and caches it
         yield
 
 

@@ -99,7 +99,7 @@ def main():
             scaler.update()
             schedule.step()
             run.log(**terms)
-    del step                                                              # and its graph's memory
+    del step                                                              # frees a graph's memory
     run.finish(model.encoder)
 
 

@@ -154,14 +154,14 @@ def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
 @pytest.mark.parametrize("program", ALL)
 def test_every_path_may_begin_with_a_tilde(program, monkeypatch):
     """Which no shell expands after a `=`."""
-    monkeypatch.setenv("HOME", "/home")
+    monkeypatch.setenv("HOME", "/tilde")
     names = ["ebm", "data_dir", *["run_dir"] * (program in TRAINING),
              *["teacher"] * (program in DISC)]
     flags = [f"--{name.replace('_', '-')}=~/a~.pt" for name in names]
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
     args = vars(program.parse() if program is not common else common.parse_flags(
         common.make_parser("", common.__file__, training=False)))
-    assert {args[name] for name in names} == {"/home/a~.pt"}
+    assert {args[name] for name in names} == {"/tilde/a~.pt"}
 
 
 def test_a_damaged_file_of_a_run_is_one_line(tmp_path, monkeypatch, capsys, small):

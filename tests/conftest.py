@@ -1,8 +1,10 @@
 """The tests compute on the CPU, where a seed fixes every bit, on a machine with a GPU too."""
+import importlib
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch, and for the scripts they run
 import pytest
@@ -12,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / ".github")]
 import common
 import linear_eval
+import processes
+
+torch.set_num_threads(1)                                # as in processes.py
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +34,34 @@ def small(monkeypatch):
     common.load_images.cache_clear()
     yield
     common.load_images.cache_clear()
+
+
+@pytest.fixture
+def command(small, monkeypatch, capsys):
+    """`command(script, *flags)` runs a script here: its exit status, its stdout, its stderr."""
+    def command(script, *flags):
+        monkeypatch.setattr(sys, "argv", processes.argv(script, flags))
+        common.load_images.cache_clear()
+        capsys.readouterr()
+        try:
+            common.launch(importlib.import_module(script).main)
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+    return command
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A function that makes a Run on 64 gray images, whose evaluation gives `accuracy`."""
+    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
+    images = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8)
+
+    def make(accuracy=50.0, **flags):
+        args = dict(run_dir=str(tmp_path / "run"), file=common.__file__, dataset="synthetic",
+                    data_dir="", seed=0, device="cpu", precision="fp32", batch_size=8, epochs=2,
+                    lr=1.0, eval_every=0)
+        return common.Run(SimpleNamespace(**{**args, **flags}), images,
+                          lambda *_, **__: {"linear": accuracy})
+    return make

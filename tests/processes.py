@@ -20,6 +20,10 @@ EBM = ["--dataset", "synthetic", "--subset", "64", "--width", "8", "--ebm-iters"
 TINY = [*EBM, "--batch-size", "16", "--epochs", "2"]
 
 
+def argv(script, flags):
+    return [script, *{"common": EBM, "linear_eval": []}.get(script, TINY), *flags]
+
+
 def work(script, flags, directory, moment=None, place=None, environment={}):
     """Run the script's main, and die by SIGKILL before the `moment`-th renaming of a file.
 
@@ -47,7 +51,7 @@ def work(script, flags, directory, moment=None, place=None, environment={}):
     common.EBM_ROUND, common.CHECKPOINT_SECONDS = 1, -1
     linear_eval.METRICS["linear"] = partial(linear_eval.linear_accuracy, epochs=2)
     common.draw_shapes = partial(lambda draw, n, seed: draw(n // 25, seed), common.draw_shapes)
-    sys.argv = [script, *{"common": EBM, "linear_eval": []}.get(script, TINY), *flags]
+    sys.argv = argv(script, flags)
     sys.stdout = open("out", "a")
     sys.stderr = open("err", "a")
     common.launch(importlib.import_module(script).main)
@@ -78,6 +82,13 @@ def ranks(script, directory, *flags, moments=(None, None)):
     return [start(script, directory, *flags, moment=moments[rank], RANK=str(rank), WORLD_SIZE="2",
                   LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
             for rank in range(2)]
+
+
+def unfinish(run):
+    """Make a finished run one that was killed after its first epoch, as far as its files say."""
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "done": 1}, run / "checkpoint.pt")
+    (run / "eval.json").unlink()
 
 
 def killed_copies(directory):

@@ -1,40 +1,22 @@
-"""A run as a user types it: to the end, repeated, with a flag, its code or its data changed."""
-import importlib
+"""A run as a user types it: what it leaves, what stops it, the same command again, its table."""
 import json
 import math
 import shutil
-import sys
-from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import byol_disc
 import common
 import linear_eval
 import processes
-from common import Discriminator, Encoder, Progress, Run, UserError, draw_shapes, save
+from common import Discriminator, Encoder, Progress, UserError, draw_shapes, save
 from conftest import ROOT
+from processes import unfinish
 
 FIVE = ["--epochs", "5", "--run-dir", "run"]
-PLAIN = ["--coeff", "0", "--run-dir"]
-
-
-def finish(script, directory, *flags, place=None):
-    """Its exit status, and what it adds to stdout and stderr."""
-    before = [len(text(directory, name)) for name in ("out", "err")]
-    status = processes.run(script, directory, *flags, place=place)
-    return status, *(text(directory, name)[n:] for name, n in zip(("out", "err"), before))
-
-
-def text(directory, name):
-    return (directory / name).read_text() if (directory / name).exists() else ""
-
-
-def weights(directory):
-    return torch.load(directory / "run" / "checkpoint.pt", weights_only=True)["model"]
+FOLDER = ["--dataset", "folder", "--subset", "0", "--coeff", "0"]
 
 
 def log_of(directory):
@@ -44,67 +26,114 @@ def log_of(directory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The directory of a finished run and its EBM."""
     directory = tmp_path_factory.mktemp("whole")
-    return directory, *finish("byol_disc", directory, *FIVE)
+    assert processes.run("byol_disc", directory, *FIVE) == 0, (directory / "err").read_text()
+    return directory
+
+
+@pytest.fixture
+def copied(whole, tmp_path, monkeypatch):
+    """A copy of it, which a test may change, as the working directory."""
+    shutil.copytree(whole, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def test_a_run_leaves_what_the_design_says(whole):
-    directory, status, out, err = whole
-    assert status == 0, err
-    run = directory / "run"
+    run = whole / "run"
     config = json.loads((run / "config.json").read_text())
+    source = run / f"source-{config['code']}"
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl",
-        f"source-{config['code']}"}
-    for name in ("common.py", "byol_disc.py"):
-        copy = run / f"source-{config['code']}" / name
-        assert copy.read_text() == (ROOT / name).read_text()
+        ".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl", source.name}
+    assert {path.name: path.read_text() for path in source.iterdir()} == {
+        name: (ROOT / name).read_text() for name in ("common.py", "byol_disc.py", "linear_eval.py")}
     header, floor, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
-    assert header["threads"] >= 1 and header["cpu"] == torch.backends.cpu.get_cpu_capability()
+    assert header["threads"] == 1 and header["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert [row["epoch"] for row in [floor, *rows]] == [0, 1, 2, 3, 4, 5]
     assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
         rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
     assert [row["lr"] for row in rows[:2]] == pytest.approx([1.5e-3, 3e-3])     # two warm-up steps
     torch.manual_seed(0)
-    start, end = Encoder(8).net[0].weight, weights(directory)
+    start, end = Encoder(8).net[0].weight, torch.load(run / "checkpoint.pt")["model"]
     online, target = end["encoder.net.0.weight"], end["target_encoder.net.0.weight"]
     assert not any(map(torch.equal, [online, target, target], [start, start, online]))
     result, metrics = json.loads((run / "eval.json").read_text()), {"linear", "knn5", "knn_cosine"}
     assert set(result) == metrics | {"split", "data", "evaluation", "untrained"}
     assert result["untrained"] == {name: floor[name] for name in metrics}
     assert config["precision"] == "fp32" and config["ranks"] == 1
+    out = (whole / "out").read_text()
     assert out.count("epoch ") == 5 and "test accuracy: linear" in out
 
 
-def test_a_finished_run_says_so_and_stops(whole):
-    directory = whole[0]
-    before = (directory / "run" / "log.jsonl").read_bytes()
-    status, out, _ = finish("byol_disc", directory, *FIVE, "--ebm", "gone.pt")
+def test_a_finished_run_says_so_and_stops(copied, command):
+    before = (copied / "run" / "log.jsonl").read_bytes()
+    status, out, _ = command("byol_disc", *FIVE, "--ebm", "gone.pt")
     assert status == 0 and "is finished; test accuracy: linear" in out
-    assert not (directory / "gone.pt").exists()
-    assert (directory / "run" / "log.jsonl").read_bytes() == before
-    status, _, err = finish("byol_disc", directory, *FIVE, "--coeff", "0.2")
+    assert not (copied / "gone.pt").exists()
+    assert (copied / "run" / "log.jsonl").read_bytes() == before
+    status, _, err = command("byol_disc", *FIVE, "--coeff", "0.2")
     assert status == 2 and err.startswith("error: run: made with --coeff 0.1, not 0.2;")
     assert "--run-dir" in err and err.count("\n") == 1
 
 
-@pytest.fixture
-def stub(tmp_path, monkeypatch):
-    """A function that makes a Run on 64 gray images, whose evaluation gives `accuracy`."""
-    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
-    images = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8)
+def test_a_run_that_other_code_began_goes_on_and_keeps_both(copied, command):
+    unfinish(copied / "run")
+    config = json.loads((copied / "run" / "config.json").read_text())
+    save(copied / "run" / "config.json", {**config, "code": "other"})
+    status, out, err = command("byol_disc", *FIVE)
+    assert status == 0 and "run: begun by other code" in out and "--run-dir" in out, err
+    again = json.loads((copied / "run" / "config.json").read_text())
+    assert again == {**config, "code": f"other+{config['code']}"}
+    assert log_of(copied / "run")[-5:] == [None, 2, 3, 4, 5]
 
-    def make(accuracy=50.0, **flags):
-        args = SimpleNamespace(**{**dict(
-            run_dir=str(tmp_path / "run"), file=common.__file__, dataset="synthetic", data_dir="",
-            seed=0, device="cpu", precision="fp32", batch_size=8, epochs=2, lr=1.0, eval_every=0),
-            **flags})
-        return Run(args, images, lambda *_, **__: {"linear": accuracy})
-    return make
 
+def test_an_edited_encoder_does_not_fit_and_says_so(copied, command, monkeypatch):
+    class Edited(Encoder):
+        def __init__(self, width):
+            super().__init__(width)
+            self.net.append(torch.nn.BatchNorm1d(self.dim))
+
+    unfinish(copied / "run")
+    before = (copied / "run" / "checkpoint.pt").read_bytes()
+    for module in (common, byol_disc):
+        monkeypatch.setattr(module, "Encoder", Edited)
+    for script, flags in [("byol_disc", FIVE), ("linear_eval", ["run"])]:
+        status, _, err = command(script, *flags)
+        assert status == 2 and "run/checkpoint.pt: its weights are of another network" in err
+        assert err.count("\n") == 1
+    assert (copied / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_same_command_after_an_edit_of_the_code(tmp_path):
+    """A comment changes nothing. Of another module of one's own the accuracies are not shown."""
+    code, out = tmp_path / "code", tmp_path / "out"
+    code.mkdir()
+    for name in ("common.py", "linear_eval.py", "byol_disc.py"):
+        shutil.copy(ROOT / name, code)
+    (code / "mine.py").write_text("SIZE = 1\n")
+    with open(code / "byol_disc.py", "a") as script:
+        script.write("import mine\n")
+
+    def run(moment=None):
+        return processes.run("byol_disc", tmp_path, "--coeff", "0", "--run-dir", "run",
+                             place=code, moment=moment)
+
+    assert run(moment=6) == -9 and log_of(tmp_path / "run") == [None, 0, 1]
+    (code / "common.py").write_text((code / "common.py").read_text() + "# A comment.\n")
+    assert run() == 0, (tmp_path / "err").read_text()
+    assert log_of(tmp_path / "run") == [None, 0, 1, None, 2]
+    assert "other code" not in out.read_text() and "accuracy: linear" in out.read_text()
+    (code / "mine.py").write_text("SIZE = 2\n")
+    out.write_text("")
+    assert run() == 0
+    assert "run is finished, made by other code" in out.read_text()
+    assert "accuracy: linear" not in out.read_text() and "--run-dir" in out.read_text()
+
+
+# --- What a Run does, with a stub in place of a method ----------------------------------------
 
 def network():
     """A model with an encoder, and its optimizer."""
@@ -163,196 +192,42 @@ def test_the_floor_is_measured_at_the_start_and_kept(stub, tmp_path):
     assert log_of(tmp_path / "run")[:2] == [None, 0]
 
 
-def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub):
+@pytest.mark.parametrize("fault", [None, "training mode", "weight"])
+def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub, fault):
     """A BatchNorm in it does not drift; who changes it all the same is told so."""
-    frozen = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    for fault, said in [(None, ""), ("train", "stay frozen"), ("weight", "stay frozen")]:
-        run, f = stub(run_dir=f"{stub().path}-{fault}"), frozen.train().requires_grad_(True)
-        assert run.freeze(f) is f and not f.training and not f[1].training
-        assert not any(p.requires_grad for p in f.parameters())
-        if fault == "train":
-            f.train()
-        with pytest.raises(UserError, match=said) if said else nullcontext():
-            for _ in run.epochs(**network()):
-                f(torch.randn(8, 2))
-                f[0].weight.data += fault == "weight"
-                one_step(run)
-        run.lock.release()
+    f = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    run = stub()
+    assert run.freeze(f) is f and not f.training and not f[1].training
+    assert not any(p.requires_grad for p in f.parameters())
+    f.train(fault == "training mode")
+
+    def train():
+        for _ in run.epochs(**network()):
+            f(torch.randn(8, 2))
+            f[0].weight.data += fault == "weight"
+            one_step(run)
+    if fault:
+        with pytest.raises(UserError, match="stay frozen"):
+            train()
+    else:
+        train()
 
 
-def test_a_directory_of_somebody_else_is_left_as_it_is(stub, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"learning": "my own"}')
-    with pytest.raises(UserError, match="config.json"):
-        stub()
-    assert (tmp_path / "run" / "config.json").read_text() == '{"learning": "my own"}'
+def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):
+    clock, written, state = [0.0], [], {"model": torch.nn.Linear(2, 2)}
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common, "save", lambda path, content: written.append(clock[0])
+                        if path.name == "checkpoint.pt" else save(path, content))
+    progress = Progress(tmp_path, "epoch", 10, state)
+    for epoch in range(1, 11):
+        clock[0] += 25
+        progress.end_round(epoch, {"loss": 1.0}, "")
+    assert written == [75, 150, 225, 250]
+    assert "epoch 4/10    0:02:30 left" in capsys.readouterr().out
+    assert log_of(tmp_path) == [None, *range(1, 11)]
 
 
-def test_a_checkpoint_of_another_network_is_not_called_damaged(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    Progress(tmp_path, "epoch", 1, {"model": model}).write()
-    for other in (torch.nn.Linear(3, 2), torch.nn.Identity(), torch.nn.BatchNorm1d(2)):
-        with pytest.raises(UserError, match="checkpoint.pt: .* another network"):
-            Progress(tmp_path, "epoch", 1, {"model": other})
-    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:500])
-    with pytest.raises(UserError, match="checkpoint.pt: damaged"):
-        Progress(tmp_path, "epoch", 1, {"model": model})
-
-
-@pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
-def test_every_flag_but_those_of_places_tells_runs_apart(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run-dir", str(tmp_path / "run"), "--ebm",
-                                      str(tmp_path / "ebm.pt")])
-    flags = vars(importlib.import_module(script).parse())
-    flags = {**flags, "images": 1, "data": 2, "f": 3, "ranks": 1}
-    where = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file"}
-    for flag, value in flags.items():
-        if flag == "defaults":
-            continue
-        with nullcontext() if flag in where else pytest.raises(UserError, match="made with"):
-            common.check_config("run", {**flags, flag: "other"}, flags)
-    assert len(flags) > 20
-
-
-def test_a_flag_that_a_config_lacks_counts_as_its_default():
-    """Of either; what has no default is unknown and refuses nothing."""
-    old, new = {"lr": 1, "defaults": {"lr": 1}}, {"lr": 1, "defaults": {"lr": 1, "margin": 0.0}}
-    for margin, refused in [(0.0, False), (0.5, True)]:
-        for pair in [(old, {**new, "margin": margin}), ({**new, "margin": margin}, old)]:
-            with pytest.raises(UserError, match="--margin") if refused else nullcontext():
-                common.check_config("run", *pair)
-    common.check_config("run", {"lr": 1}, {"lr": 1, "code": "b", "f": 7})
-
-
-OF_STEPS = ["--step-size 3", "--noise-std 3", "--noise-unit 0.1", "--grad-clip 1"]
-OF_EBM = ["--ebm-iters 7", "--ebm-objective cd", "--ebm-rotation 1"]
-
-
-@pytest.mark.parametrize("script, fixed, flags", [
-    ("byol_disc", "--coeff 0", ["--layers all", "--disc-input image", "--teacher gone", *OF_EBM]),
-    ("simclr_disc", "--teacher TEACHER", ["--layers all", *OF_EBM]),
-    ("simclr_disc", "--ebm-iters 0", ["--ebm-rotation 1"]),
-    ("simclr_langevin", "--coeff 0", ["--view augment", "--steps 3", "--alpha 0.2", *OF_STEPS,
-                                      *OF_EBM]),
-    ("simclr_langevin", "--view augment", ["--steps 3", "--alpha 0.2", *OF_STEPS, *OF_EBM]),
-    ("byol_langevin", "--use dataset", ["--coeff 0.5", "--coeff 0"]),
-    ("byol_langevin", "--steps 0", [*OF_STEPS, *OF_EBM]),
-    ("byol_langevin", "--step-size 0", ["--grad-clip 1", *OF_EBM]),
-    ("byol_langevin", "--noise-std 0", ["--noise-unit 0.1"])])
-def test_a_flag_without_effect_makes_no_other_run(script, fixed, flags, tmp_path, monkeypatch,
-                                                  capsys):
-    """Nor directory, nor row, and a line names it; it does without what takes its effect."""
-    teacher = {"script": "byol_disc", "epochs": 1, "seed": 0}
-    (tmp_path / "config.json").write_text(json.dumps(teacher))
-    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
-    monkeypatch.setattr(common, "claim", lambda directory, config, script: config)
-    images = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags):
-        flags = " ".join(flags).replace("TEACHER", str(tmp_path)).split()
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-        args = importlib.import_module(script).parse()
-        made = Run(args, images, None)
-        made.lock.release()
-        config = {k: v for k, v in made.config.items() if k not in common.NOT_IDENTITY}
-        return args.run_dir, config, (made.config, {"linear": 1.0})
-
-    plain, default = run(fixed), run("")
-    for flag in flags:
-        capsys.readouterr()
-        with_flag, name = run(fixed, flag), flag.split()[0][2:].replace("-", "_")
-        assert with_flag[:2] == plain[:2]
-        assert f"without effect, given the other flags: {name}\n" in capsys.readouterr().out
-        labels = linear_eval.row_labels([plain[2], with_flag[2]])[0]
-        assert labels[0] == labels[1]
-        if flag not in ("--teacher gone", "--coeff 0"):                 # a control
-            alone = run(flag)
-            assert alone[:2] != default[:2] and "without effect" not in capsys.readouterr().out
-            assert len({*linear_eval.row_labels([alone[2], default[2]])[0]}) == 2
-
-
-def test_code_is_known_by_what_it_computes(tmp_path):
-    """Comments, docstrings, blank lines, quotes and line breaks are of no account."""
-    def code(text):
-        (tmp_path / "a.py").write_text(text)
-        return common.code_checksum([tmp_path / "a.py"])
-
-    plain = code('def f(x):\n    return [x, "a"]\n')
-    for same in ('def f(x):\n    """Text."""\n    return [x, "a"]\n',
-                 '"""Text."""\n# More.\n\n\ndef f(x):  # and more\n  return [x,\n    \'a\']\n'):
-        assert code(same) == plain
-    for other in ('def f(x):\n    return [x, "b"]\n', 'def f(x):\n    return [x, "a"], 0\n'):
-        assert code(other) != plain
-
-
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """Code with modules of its own, a finished run `done` of it and a half-done run `half`."""
-    place = tmp_path_factory.mktemp("copied")
-    (place / "code" / "nets").mkdir(parents=True)
-    for name in ("common.py", "linear_eval.py", "byol_disc.py"):
-        shutil.copy(ROOT / name, place / "code")
-    edit(place / "code" / "byol_disc.py", "from linear_eval", "import mine\nfrom nets import "
-         "backbone\nfrom linear_eval")
-    for name in ("mine.py", "nets/__init__.py", "nets/backbone.py"):
-        (place / "code" / name).write_text("SIZE = 1\n")
-    run = partial(processes.run, "byol_disc", place, *PLAIN, place=place / "code")
-    assert run("done") == 0, text(place, "err")
-    assert run("half", moment=6) == -9 and log_of(place / "half") == [None, 0, 1]
-    return place
-
-
-def edit(path, old, new):
-    assert path.read_text().count(old) == 1
-    path.write_text(path.read_text().replace(old, new))
-
-
-
-@pytest.mark.parametrize("file, old, new, other", [
-    ("byol_disc.py", "(pair13 + pair23) / 2 ", "(pair13 + pair23) / 3 ", True),
-    ("nets/backbone.py", "1", "2", True),
-    ("common.py", '"""Wait for the other ranks."""', '"""Wait."""  # for the others', False)])
-def test_edited_code_and_the_same_command(copied, tmp_path, file, old, new, other):
-    """The accuracies of a finished run of other code are not shown; a half-done one goes on."""
-    place, code = tmp_path / "copy", tmp_path / "copy" / "code"
-    shutil.copytree(copied, place)
-    edit(code / file, old, new)
-    status, out, err = finish("byol_disc", place, *PLAIN, "done", place=code)
-    assert status == 0 and ("accuracy" in out) != other, err
-    assert ("made by other code" in out and "--run-dir" in out) == other
-    status, out, err = finish("byol_disc", place, *PLAIN, "half", place=code)
-    assert status == 0, err
-    assert ("half: begun by other code" in out and "--run-dir" in out) == other
-    config = json.loads((place / "half" / "config.json").read_text())
-    assert ("+" in config["code"]) == other
-    sources = {path.name for path in (place / "half").glob("source-*")}
-    assert sources == {f"source-{part}" for part in config["code"].split("+")}
-    assert log_of(place / "half") == [None, 0, 1, None, 2]
-
-
-@pytest.mark.parametrize("file", ["byol_disc.py", "common.py", "mine.py", "nets/__init__.py"])
-def test_the_code_of_a_run_is_that_of_its_files(copied, tmp_path, file):
-    shutil.copytree(copied / "code", tmp_path / "code")
-    before = common.source_files(tmp_path / "code" / "byol_disc.py")
-    code = common.code_checksum(before)
-    (tmp_path / "code" / file).write_text((tmp_path / "code" / file).read_text() + "\nMORE = 1\n")
-    assert common.source_files(tmp_path / "code" / "byol_disc.py") == before
-    assert common.code_checksum(before) != code
-
-
-def test_an_edited_encoder_does_not_fit_and_says_so(copied, tmp_path):
-    place, code = tmp_path / "copy", tmp_path / "copy" / "code"
-    shutil.copytree(copied, place)
-    edit(code / "common.py", "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
-         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(self.dim))")
-    before = (place / "half" / "checkpoint.pt").read_bytes()
-    for script, flags in [("byol_disc", [*PLAIN, "half"]), ("linear_eval", ["half"])]:
-        status, out, err = finish(script, place, *flags, place=code)
-        assert status == 2 and "of another network" in err and err.count("\n") == 1
-        assert "damaged" not in err
-    assert (place / "half" / "checkpoint.pt").read_bytes() == before
-
+# --- Other data, and the table of runs --------------------------------------------------------
 
 def draw_folder(path, name_of):
     """40 drawn images in the folders path/name_of(i, label)."""
@@ -370,15 +245,12 @@ def evaluated(tmp_path_factory):
     for name, classes in [("images", "ab"), ("swapped", "ba")]:
         draw_folder(directory / name / "train", lambda i, label: "ab"[label % 2])
         draw_folder(directory / name / "test", lambda i, label: classes[label % 2 ^ i % 4 // 3])
-    flags = [*FOLDER, "--data-dir", "images"]
-    status = processes.run("byol_disc", directory, *flags, "--run-dir", "run")
-    assert status == 0, text(directory, "err")
-    assert processes.run("byol_disc", directory, *flags, "--run-dir",
-                         "half", "--epochs", "3", moment=6) == -9
+    status = processes.run("byol_disc", directory, *FOLDER, "--data-dir", "images", "--run-dir",
+                           "run")
+    assert status == 0, (directory / "err").read_text()
+    shutil.copytree(directory / "run", directory / "half")
+    unfinish(directory / "half")
     return directory
-
-
-FOLDER = ["--dataset", "folder", "--subset", "0", "--coeff", "0"]
 
 
 def cells(out):
@@ -388,16 +260,19 @@ def cells(out):
     return label, [None if value == "-" else float(value) for value in values]
 
 
-def test_other_data_under_a_run_is_refused(evaluated, tmp_path):
+def test_other_data_under_a_run_is_refused(evaluated, tmp_path, command, monkeypatch):
     """Whether the run is finished or not; the same data are known wherever they are."""
     directory, images = tmp_path / "copy", tmp_path / "copy" / "moved"
     shutil.copytree(evaluated, directory)
+    monkeypatch.chdir(directory)
     (directory / "images").rename(images)
-    image, other = sorted((images / "train").rglob("*.png"))[:2]
-    flags = {run: [*FOLDER, "--run-dir", run, "--epochs", epochs, "--data-dir", "moved"]
-             for run, epochs in [("run", "2"), ("half", "3")]}
-    status, out, err = finish("byol_disc", directory, *flags["run"])
+
+    def again(run):
+        return command("byol_disc", *FOLDER, "--data-dir", "moved", "--run-dir", run)
+
+    status, out, err = again("run")
     assert status == 0 and "is finished" in out, err
+    image, other = sorted((images / "train").rglob("*.png"))[:2]
     for change in ("labels", "image"):
         if change == "labels":
             (images / "test").rename(images / "kept")
@@ -406,65 +281,50 @@ def test_other_data_under_a_run_is_refused(evaluated, tmp_path):
             shutil.rmtree(images / "test")
             (images / "kept").rename(images / "test")
             image.write_bytes(other.read_bytes())
-        for run in flags:
+        for run in ("run", "half"):
             log = log_of(directory / run)
-            status, out, err = finish("byol_disc", directory, *flags[run])
+            status, out, err = again(run)
             assert status == 2 and err.startswith(f"error: {run}: made with other "), err
             assert "accuracy" not in out and err.count("\n") == 1 and log_of(directory / run) == log
 
 
-def test_a_run_is_measured_on_other_labelled_data(evaluated, tmp_path):
+def test_a_run_is_measured_on_other_labelled_data(evaluated, tmp_path, command, monkeypatch):
     """By linear_eval.py, which only reads, says on which data, and keeps their rows apart."""
+    monkeypatch.chdir(evaluated)
     result = json.loads((evaluated / "run" / "eval.json").read_text())
     said = [value and round(value, 2) for value in map(result.get, linear_eval.METRICS)]
     assert said[1] != 50                                # else a swap would not show
-    assert cells(finish("linear_eval", evaluated, "run")[1]) == ("| byol_disc", said)
+    assert cells(command("linear_eval", "run")[1]) == ("| byol_disc", said)
     before = {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")}
-    status, out, err = finish("linear_eval", evaluated, "run", "--data-dir", "swapped")
+    status, out, err = command("linear_eval", "run", "--data-dir", "swapped")
     swapped = [value and round(100 - value, 2) for value in said]       # of two classes
     assert status == 0 and cells(out)[1] == swapped and "swapped" in out, err
     other = tmp_path / "other"
     for split in ("train", "test"):
         draw_folder(other / split, lambda i, label: str(label % 3))
-    status, out, err = finish("linear_eval", evaluated, "run", "--dataset", "folder", "--data-dir",
-                              str(other))
-    assert status == 0 and f"measured_on={other}" in out and cells(out)[1] != said, err
-    status, out, err = finish("linear_eval", evaluated, "run", "--dataset", "synthetic")
-    assert status == 0 and "measured_on=synthetic" in out, err
-    status, out, err = finish("linear_eval", evaluated, "run", "--data-dir", "nowhere")
+    for flags, name in [(["folder", "--data-dir", str(other)], other), (["synthetic"], "synthetic")]:
+        status, out, err = command("linear_eval", "run", "--dataset", *flags)
+        assert status == 0 and f"measured_on={name}" in out and cells(out)[1] != said, err
+    status, out, err = command("linear_eval", "run", "--data-dir", "nowhere")
     assert status == 2 and out == "" and "--data-dir nowhere" in err
     assert {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")} == before
 
 
-def test_an_unfinished_run_has_a_row_of_its_own(evaluated):
+def test_an_unfinished_run_has_a_row_of_its_own(evaluated, command, monkeypatch):
     """That of its epochs done, and of those it would have."""
-    status, out, err = finish("linear_eval", evaluated, "run", "half")
+    monkeypatch.chdir(evaluated)
+    status, out, err = command("linear_eval", "run", "half")
     rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| byol")]
-    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=1 of 3"], err
+    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=1 of 2"], err
 
 
-def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):
-    clock, written, state = [0.0], [], {"model": torch.nn.Linear(2, 2)}
-    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(common, "save", lambda path, content: written.append(clock[0])
-                        if path.name == "checkpoint.pt" else save(path, content))
-    progress = Progress(tmp_path, "epoch", 10, state)
-    for epoch in range(1, 11):
-        clock[0] += 25
-        progress.end_round(epoch, {"loss": 1.0}, "")
-    assert written == [75, 150, 225, 250]
-    assert "epoch 4/10    0:02:30 left" in capsys.readouterr().out
-    assert log_of(tmp_path) == [None, *range(1, 11)]
-
-
-def test_table_of_runs_and_ebm(whole):
+def test_table_of_runs_and_ebm(copied, command):
     """The table has what the run said of itself, computed again from its checkpoint."""
-    (whole[0] / "run" / "eval.json").rename(whole[0] / "said.json")
-    status, out, err = finish("linear_eval", whole[0], "run", "ebm.pt", "ebm.ebm", "--untrained")
+    result = json.loads((copied / "run" / "eval.json").read_text())
+    (copied / "run" / "eval.json").unlink()
+    status, out, err = command("linear_eval", "run", "ebm.pt", "ebm.ebm", "--untrained")
     assert status == 0, err
-    assert not (whole[0] / "run" / "eval.json").exists()                # it only reads
-    (whole[0] / "said.json").rename(whole[0] / "run" / "eval.json")
-    result = json.loads((whole[0] / "run" / "eval.json").read_text())
+    assert not (copied / "run" / "eval.json").exists()                  # it only reads
     lines = [line for line in out[out.index("| run |"):].splitlines() if line.startswith("| ")]
     for line, row in [(lines[1], result), (lines[2], result["untrained"])]:
         assert f"| {row['linear']:.2f} | {row['knn5']:.2f} | - | 1 |" in line
@@ -473,18 +333,14 @@ def test_table_of_runs_and_ebm(whole):
         *(f"| ebm ebm_iters={n} layers={layers}" for n in (2, 0) for layers in ("last", "all"))]
 
 
-def test_what_is_no_run_costs_the_table_no_row(whole, tmp_path):
+def test_what_is_no_run_costs_the_table_no_row(copied, command):
     """What is wrong with one run is said after the rows of the others."""
-    place = tmp_path / "all"
-    shutil.copytree(whole[0], place)
-    (place / "begun").mkdir()
-    shutil.copytree(place / "run", place / "damaged")
-    (place / "damaged" / "eval.json").unlink()
-    (place / "damaged" / "checkpoint.pt").write_bytes(b"PK")
-    status, out, err = finish("linear_eval", place, "damaged", "run", "begun", "typo", "ebm.ebm")
+    (copied / "begun").mkdir()
+    shutil.copytree(copied / "run", copied / "damaged")
+    (copied / "damaged" / "eval.json").unlink()
+    (copied / "damaged" / "checkpoint.pt").write_bytes(b"PK")
+    status, out, err = command("linear_eval", "damaged", "run", "begun", "typo", "ebm.ebm")
     assert status == 2 and err.count("\n") == 1 and out.count("| byol_disc") == 1
     for part in ("damaged/checkpoint.pt: damaged", "begun/config.json", "typo/config.json"):
         assert part in err
     assert "ebm.ebm" not in out + err
-    status, _, err = finish("byol_disc", place, "--epochs", "5", "--run-dir", "damaged")
-    assert status == 2 and err.startswith("error: damaged/checkpoint.pt: damaged"), err

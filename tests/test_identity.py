@@ -1,34 +1,90 @@
-"""What belongs to a run's identity beyond its flags: flags of one's own, teachers, frozen networks,
-the code that measured it."""
+"""What a run's identity consists of: its flags, its code, its frozen networks, its teacher."""
+import importlib
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import byol_disc
-import byol_langevin
 import common
 import linear_eval
-from common import Run, UserError, check_config, draw_shapes, save, without_effect
+from common import Run, UserError, check_config, save, without_effect
 from conftest import ROOT
 
-FLAGS = ["--dataset", "synthetic", "--width", "8", "--batch-size", "8", "--precision", "fp32"]
+
+@pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
+def test_every_flag_but_those_of_places_tells_runs_apart(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run-dir", "run", "--ebm", "ebm.pt"])
+    flags = vars(importlib.import_module(script).parse())
+    flags = {**flags, "images": 1, "data": 2, "f": 3, "ranks": 1}
+    where = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file"}
+    assert len(flags) > 20
+    for flag in flags.keys() - {"defaults"}:
+        with nullcontext() if flag in where else pytest.raises(UserError, match="made with"):
+            check_config("run", {**flags, flag: "other"}, flags)
 
 
-def parsed(module, tmp_path, monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["x", *FLAGS, "--run-dir", str(tmp_path / "run"), "--ebm",
-                                      str(tmp_path / "ebm.pt"), *flags])
-    return module.parse()
+def test_a_flag_that_a_config_lacks_counts_as_its_default():
+    """Of either; what has no default is unknown and refuses nothing."""
+    old, new = {"lr": 1, "defaults": {"lr": 1}}, {"lr": 1, "defaults": {"lr": 1, "margin": 0.0}}
+    for margin, refused in [(0.0, False), (0.5, True)]:
+        for pair in [(old, {**new, "margin": margin}), ({**new, "margin": margin}, old)]:
+            with pytest.raises(UserError, match="--margin") if refused else nullcontext():
+                check_config("run", *pair)
+    check_config("run", {"lr": 1}, {"lr": 1, "code": "b", "f": 7})
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+OF_STEPS = ["--step-size 3", "--noise-std 3", "--noise-unit 0.1", "--grad-clip 1"]
+OF_EBM = ["--ebm-iters 7", "--ebm-objective cd", "--ebm-rotation 1"]
+OF_CHAIN = ["--steps 3", "--alpha 0.2", *OF_STEPS, *OF_EBM]
+
+
+@pytest.mark.parametrize("script, fixed, flags", [
+    ("byol_disc", "--coeff 0", ["--layers all", "--disc-input image", "--teacher gone", *OF_EBM]),
+    ("simclr_disc", "--teacher TEACHER", ["--layers all", *OF_EBM]),
+    ("simclr_disc", "--ebm-iters 0", ["--ebm-rotation 1"]),
+    ("simclr_langevin", "--coeff 0", ["--view augment", *OF_CHAIN]),
+    ("simclr_langevin", "--view augment", OF_CHAIN),
+    ("byol_langevin", "--use dataset", ["--coeff 0.5", "--coeff 0"]),
+    ("byol_langevin", "--steps 0", [*OF_STEPS, *OF_EBM]),
+    ("byol_langevin", "--step-size 0", ["--grad-clip 1", *OF_EBM]),
+    ("byol_langevin", "--grad-clip 0", ["--step-size 3", *OF_EBM]),
+    ("byol_langevin", "--noise-std 0", ["--noise-unit 0.1"]),
+    ("byol_langevin", "--noise-unit 0", ["--noise-std 3"])])
+def test_a_flag_without_effect_makes_no_other_run(script, fixed, flags, tmp_path, monkeypatch,
+                                                  capsys):
+    """Nor directory, nor row, and a line names it; it does without what takes its effect."""
+    teacher = {"script": "byol_disc", "epochs": 1, "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(teacher))
     monkeypatch.setattr(common, "data_checksum", lambda args: 0)
-    args = parsed(byol_disc, tmp_path, monkeypatch)
-    return lambda: Run(args, draw_shapes(10, seed=0)[0], lambda *_, **__: None)
+    monkeypatch.setattr(common, "claim", lambda directory, config, script: config)
+    images = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        flags = " ".join(flags).replace("TEACHER", str(tmp_path)).split()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        args = importlib.import_module(script).parse()
+        made = Run(args, images, None)
+        made.lock.release()
+        config = {k: v for k, v in made.config.items() if k not in common.NOT_IDENTITY}
+        return args.run_dir, config, (made.config, {"linear": 1.0})
+
+    plain, default = run(fixed), run("")
+    for flag in flags:
+        capsys.readouterr()
+        with_flag, name = run(fixed, flag), flag.split()[0][2:].replace("-", "_")
+        assert with_flag[:2] == plain[:2]
+        assert f"without effect, given the other flags: {name}\n" in capsys.readouterr().out
+        labels = linear_eval.row_labels([plain[2], with_flag[2]])[0]
+        assert labels[0] == labels[1]
+        if flag not in ("--teacher gone", "--coeff 0"):                 # a control
+            alone = run(flag)
+            assert alone[:2] != default[:2] and "without effect" not in capsys.readouterr().out
+            assert len({*linear_eval.row_labels([alone[2], default[2]])[0]}) == 2
 
 
 def test_a_flag_of_ones_own_named_like_another_counts():
@@ -39,6 +95,35 @@ def test_a_flag_of_ones_own_named_like_another_counts():
                     noise_unit=1, grad_clip=1, alpha=0.5, layers=3)
     unused = without_effect(SimpleNamespace(**langevin))
     assert {"alpha", "steps", "view"} <= unused and "layers" not in unused
+
+
+def test_code_is_known_by_what_it_computes(tmp_path):
+    """Comments, docstrings, blank lines, quotes and line breaks are of no account."""
+    def code(text):
+        (tmp_path / "a.py").write_text(text)
+        return common.code_checksum([tmp_path / "a.py"])
+
+    plain = code('def f(x):\n    return [x, "a"]\n')
+    for same in ('def f(x):\n    """Text."""\n    return [x, "a"]\n',
+                 '"""Text."""\n# More.\n\n\ndef f(x):  # and more\n  return [x,\n    \'a\']\n'):
+        assert code(same) == plain
+    for other in ('def f(x):\n    return [x, "b"]\n', 'def f(x):\n    return [x, "a"], 0\n'):
+        assert code(other) != plain
+
+
+def test_the_code_has_the_imports_of_imports(tmp_path):
+    ours = {"run.py": "import numpy\nimport a", "a.py": "from pk.sub import m",
+            "pk/__init__.py": "", "pk/sub/__init__.py": "", "pk/sub/m.py": "x = 1"}
+    for name, text in {**ours, "other.py": "y = 2"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = common.source_files(tmp_path / "run.py")
+    assert set(found) == {ROOT / "common.py", *(tmp_path / name for name in ours)}
+    codes = [common.code_checksum(found)]
+    for name in ours:
+        (tmp_path / name).write_text(ours[name] + "\nMORE = 1\n")
+        codes.append(common.code_checksum(found))
+    assert len(set(codes)) == 6
 
 
 def test_teachers_of_other_settings_have_other_names(tmp_path):
@@ -53,14 +138,13 @@ def test_teachers_of_other_settings_have_other_names(tmp_path):
         assert common.teacher_kind(args) == "simclr_disc of 2 epochs" + expected
 
 
-def test_each_frozen_network_is_known_and_kept(run):
-    first, frozen = run(), [torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)]
+def test_each_frozen_network_is_known(stub):
+    first, frozen = stub(), [torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)]
     for network in frozen:
-        assert not first.freeze(network).training
+        first.freeze(network)
     assert {"f", "f1"} <= first.config.keys()
     (first.path / "checkpoint.pt").touch()                # something was made
-    first.lock.release()
-    again = run()
+    again = stub()
     again.freeze(frozen[0])
     with torch.no_grad():
         frozen[1].weight += 1
@@ -68,32 +152,12 @@ def test_each_frozen_network_is_known_and_kept(run):
         again.freeze(frozen[1])
 
 
-def test_a_setting_is_compared_as_config_json_has_it(run, monkeypatch):
-    begun = run()
-    begun.args.scale, begun.args.path = (0.2, 1.0), Path("somewhere")
-    for made in (False, True):                            # the second finds what the first made
-        Run(begun.args, draw_shapes(10, seed=0)[0], begun.evaluate).lock.release()
-        (begun.path / "checkpoint.pt").touch()
+def test_a_setting_is_compared_as_config_json_has_it(stub):
+    for _ in range(2):                                    # the second finds what the first made
+        run = stub(scale=(0.2, 1.0), path=Path("somewhere"))
+        (run.path / "checkpoint.pt").touch()
     with pytest.raises(UserError, match="--scale"):
-        check_config("run", begun.config | {"scale": [0.2, 1.0]}, begun.config | {"scale": [0.3]})
-
-
-def test_the_sources_can_be_run(run):
-    source = next(run().path.glob("source-*"))
-    assert {x.name for x in source.iterdir()} == {"byol_disc.py", "common.py", "linear_eval.py"}
-    assert (source / "byol_disc.py").read_bytes() == (ROOT / "byol_disc.py").read_bytes()
-
-
-def test_the_code_has_the_imports_of_imports(tmp_path):
-    files = {"run.py": "import numpy\nimport a", "a.py": "from pk.sub import m",
-             "other.py": "y = 2", "pk/__init__.py": "", "pk/sub/__init__.py": "",
-             "pk/sub/m.py": "x = 1"}
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    found = common.source_files(tmp_path / "run.py")
-    ours = {str(file.relative_to(tmp_path)) for file in found if file.is_relative_to(tmp_path)}
-    assert ours == files.keys() - {"other.py"} and ROOT / "common.py" in found
+        stub(scale=(0.3, 1.0), path=Path("somewhere"))
 
 
 def test_accuracies_of_another_linear_eval_are_said_to_be(tmp_path, capsys):
@@ -105,24 +169,3 @@ def test_accuracies_of_another_linear_eval_are_said_to_be(tmp_path, capsys):
         (_, result), = linear_eval.evaluate_run(tmp_path, flags)
         assert result["linear"] == 50
         assert ("another linear_eval.py" in capsys.readouterr().out) == said
-
-
-def test_a_results_file_is_of_its_own_data_and_split(tmp_path):
-    file = tmp_path / "file.jsonl"
-    file.write_text(json.dumps({"config": {"seed": 0}, "result": {"linear": 1.0}}) + "\n")
-    flags = dict(split="test", data_dir=None, dataset=None)
-    assert linear_eval.read_rows(file, SimpleNamespace(**flags)) == [({"seed": 0}, {"linear": 1.0})]
-    for other in (dict(split="val"), dict(dataset="cifar100"), dict(data_dir="x")):
-        with pytest.raises(UserError, match="own data and split"):
-            linear_eval.read_rows(file, SimpleNamespace(**{**flags, **other}))
-
-
-@pytest.mark.parametrize("flags", [["--coeff", "1", "--grad-clip", "0"], ["--step-size", "0"]])
-def test_an_ebm_whose_gradient_is_not_used_is_not_needed(flags, tmp_path, monkeypatch):
-    names = without_effect(parsed(byol_langevin, tmp_path, monkeypatch, *flags))
-    assert {"ebm_iters", "ebm_objective", "ebm_rotation"} <= names
-
-
-def test_an_ebm_is_a_pt_file(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="ends in .pt"):
-        parsed(byol_disc, tmp_path, monkeypatch, "--ebm", "ebm")

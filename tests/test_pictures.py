@@ -17,51 +17,52 @@ import pictures
 import processes
 from common import Encoder, UserError, augment, draw_shapes, langevin, seed_of
 
+DISCRIMINATOR = dict(layers="last", ebm_iters=4000)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A SimCLR run, a copy of it that is at epoch 1 of 2, an EBM, and BYOL taught by the run."""
     place = tmp_path_factory.mktemp("teacher")
-    assert processes.run("simclr_disc", place, "--coeff", "0", "--run-dir", "simclr") == 0
+    for script, flags in [("simclr_disc", ["--coeff", "0", "--run-dir", "simclr"]), ("common", []),
+                          ("byol_disc", ["--teacher", "simclr", "--run-dir", "student"])]:
+        assert processes.run(script, place, *flags) == 0, (place / "err").read_text()
     shutil.copytree(place / "simclr", place / "stopped")
-    saved = torch.load(place / "stopped" / "checkpoint.pt", weights_only=True)
-    torch.save({**saved, "done": 1}, place / "stopped" / "checkpoint.pt")
-    (place / "stopped" / "eval.json").unlink()
-    assert processes.run("common", place) == 0
-    assert teach("byol_disc", place, "student", "simclr") == 0, (place / "err").read_text()
+    processes.unfinish(place / "stopped")
     return place
 
 
-def teach(script, place, run_dir, teacher, *flags):
-    (place / "err").unlink(missing_ok=True)
-    return processes.run(script, place, "--coeff", "1", "--run-dir", run_dir, "--teacher", teacher,
-                         *flags)
-
-
-def test_a_teacher_is_the_encoder_of_a_finished_run(made):
+def test_a_teacher_is_the_encoder_of_a_finished_run(made, command, monkeypatch, tmp_path):
     """The config says what it is, wherever it lies, and how its seed differs; each has a row."""
-    (made / "simclr").rename(made / "moved")
-    assert teach("byol_disc", made, "student", "moved") == 0        # is finished
-    assert teach("simclr_disc", made, "of-seed-0", "moved", "--seed", "1", "--epochs", "1") == 0
-    (made / "moved").rename(made / "simclr")
-    student, other = (json.loads((made / name / "config.json").read_text())
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    shutil.move("simclr", "moved")
+
+    def teach(script, run_dir, teacher, *flags):
+        return command(script, "--run-dir", run_dir, "--teacher", teacher, *flags)
+
+    assert "is finished" in teach("byol_disc", "student", "moved")[1]
+    assert teach("simclr_disc", "of-seed-0", "moved", "--seed", "1", "--epochs", "1")[0] == 0
+    student, other = (json.loads((tmp_path / "copy" / name / "config.json").read_text())
                       for name in ("student", "of-seed-0"))
     assert other["teacher"] == student["teacher"] + ", seed -1" and student["f"]
     names, _ = linear_eval.row_labels([(config, {}) for config in (
-        student, {**student, "teacher": other["teacher"]}, {**student, "teacher": None, **D})])
+        student, {**student, "teacher": other["teacher"]},
+        {**student, "teacher": None, **DISCRIMINATOR})])
     assert len(set(names)) == 3 and "teacher=simclr_disc of 2 epochs, seed -1" in names[1]
-    for teacher, problem in [("stopped", "not finished"), ("student", "--teacher"),
-                             ("nowhere", "nowhere")]:
-        assert teach("byol_disc", made, "student" if teacher == "student" else "new", teacher) == 2
-        assert problem in (error := (made / "err").read_text()) and error.count("\n") == 1
+    for run_dir, teacher, problem in [("new", "stopped", "not finished"),
+                                      ("student", "student", "--teacher"),
+                                      ("new", "nowhere", "nowhere")]:
+        status, _, err = teach("byol_disc", run_dir, teacher)
+        assert status == 2 and problem in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["byol_disc", "simclr_disc"])
 def test_its_features_are_those_of_the_encoder_standardised(script, made, monkeypatch, tmp_path):
-    flags = [*processes.TINY, "--coeff", "1", "--teacher", str(made / "simclr")]
-    monkeypatch.setattr(sys, "argv", [script, *flags, "--run-dir", str(tmp_path / "run")])
-    args = importlib.import_module(script).parse()
-    images = draw_shapes(64, seed=3)[0]
+    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
+    monkeypatch.setattr(sys, "argv", processes.argv(script, [
+        "--teacher", str(made / "simclr"), "--run-dir", str(tmp_path / "run")]))
+    args, images = importlib.import_module(script).parse(), draw_shapes(64, seed=3)[0]
     teacher = common.Run(args, images, None).get_discriminator(images)
     saved = torch.load(made / "simclr" / "checkpoint.pt", weights_only=True)["model"]
     encoder = Encoder(8).eval()
@@ -75,8 +76,7 @@ def test_its_features_are_those_of_the_encoder_standardised(script, made, monkey
     assert not any(module.training for module in teacher.modules())
 
 
-D = dict(layers="last", ebm_iters=4000)
-
+# --- Pictures of a results file ---------------------------------------------------------------
 
 def row(script, seed, linear, **flags):
     config = {"width": 16, "images": 1, "script": script, "seed": seed, "run_dir": "run", **flags}
@@ -92,15 +92,15 @@ def write(path, rows):
 
 def settings():
     """Rows of the baseline, and BYOL with D, a SimCLR teacher and an untrained D, at two seeds."""
-    rows = []
-    for seed, (plain, d, with_d, simclr, with_simclr) in enumerate([(50, 60, 52, 62, 55),
-                                                                    (51, 61, 54, 61, 55)]):
-        rows += [row("byol_disc", seed, plain, coeff=0), row("ebm", seed, d, **D),
-                 row("byol_disc", seed, with_d, coeff=1, **D),
-                 row("simclr_disc", seed, simclr, coeff=0),
+    rows, d, untrained = [], DISCRIMINATOR, DISCRIMINATOR | {"ebm_iters": 0}
+    for seed, (plain, of_d, with_d, of_simclr, with_simclr) in enumerate([(50, 60, 52, 62, 55),
+                                                                          (51, 61, 54, 61, 55)]):
+        rows += [row("byol_disc", seed, plain, coeff=0), row("ebm", seed, of_d, **d),
+                 row("byol_disc", seed, with_d, coeff=1, **d),
+                 row("simclr_disc", seed, of_simclr, coeff=0),
                  row("byol_disc", seed, with_simclr, coeff=1, teacher="simclr_disc of 20 epochs"),
-                 row("ebm", seed, 45, **D | {"ebm_iters": 0}),
-                 row("byol_disc", seed, 50.5, coeff=1, **D | {"ebm_iters": 0})]
+                 row("ebm", seed, 45, **untrained),
+                 row("byol_disc", seed, 50.5, coeff=1, **untrained)]
     return rows
 
 
@@ -109,22 +109,19 @@ def test_a_difference_is_to_the_baseline_that_is_alike(tmp_path, capsys):
     def measure(rows):
         return {name: values for name, *values in pictures.measure(write(tmp_path / "a", rows))}
 
-    rows = [*settings(), row("byol_disc", 0, 45, epochs=30, coeff=0),
-            row("ebm", 0, 9, images=2, **D)]
+    rows = settings()
     points = measure(rows)
     assert {name: values[:3] for name, values in points.items()} == {
         "discriminator, 4,000 iterations, last stage": [60.5, 29.5, 2.5],
         "simclr_disc of 20 epochs": [61.5, 28.5, 4.5],
         "discriminator, untrained, last stage": [45, 45, 0]}
     runs = [(line["config"], line["result"]) for line in rows if line["config"]["script"] != "ebm"]
-    for part, same in [(runs, True), ([r for r in runs if r[0]["script"] == "byol_disc"], False)]:
-        printed = re.search(r"\+2.50 ± ([0-9.]+)", linear_eval.table(part, False, "test"))[1]
-        assert ({f"{values[3]:.2f}" for values in points.values()} == {printed}) == same
-    for change in [{"schedule": "other"}, {"ebm_rotation": 2.0}, {"images": 2}, {"width": 8},
-                   {"epochs": 30}, {"seed": 2}, {"disc_input": "image"}]:
-        other = [{**line, "config": {**line["config"], **change}} for line in rows[2:3]]
+    printed = re.search(r"\+2.50 ± ([0-9.]+)", linear_eval.table(runs, False, "test"))[1]
+    assert {f"{values[3]:.2f}" for values in points.values()} == {printed}
+    for change in [{"images": 2}, {"epochs": 30}, {"seed": 2}, {"disc_input": "image"}]:
+        other = {**rows[2], "config": {**rows[2]["config"], **change}}
         capsys.readouterr()
-        assert len(measure(rows[:2] + other + rows[3:9] + rows[10:])) == 2
+        assert len(measure([*rows[:2], other, *rows[3:9], *rows[10:]])) == 2
         assert "is left out" in capsys.readouterr().out
     rows[4]["config"]["teacher"] = "simclr_disc of 20 epochs, seed +1"
     assert measure(rows)["simclr_disc of 20 epochs, seed +1"][:3] == [61, 29, 5]
@@ -148,19 +145,15 @@ def test_the_scatter_shows_discriminators_of_other_machines_hollow(tmp_path, mon
         for title, xs in [("linear-probe", [60.5, 61.5, 45]), ("kNN (k = 5)", [29.5, 28.5, 45])]:
             correlation = np.corrcoef(xs, [2.5, 4.5, 0])[0, 1]
             assert f"correlation with {title} accuracy: {correlation:.2f}\n" in out
-    with pytest.raises(UserError, match="needs two"):
-        pictures.scatter(write(file, [r for r in settings() if r["config"]["script"] != "ebm"]))
 
 
 def test_the_other_diagrams_are_drawn_again_as_they_are(tmp_path, monkeypatch):
     """From the results and the picture beside them."""
-    for name in ("method.svg", "curves.svg", "views.png", "results"):
-        copy = shutil.copytree if name == "results" else shutil.copy
-        copy(pictures.HERE / name, tmp_path / name)
-    drawing = (tmp_path / "method.svg").read_text()
-    (tmp_path / "method.svg").write_text(re.sub('base64,[^"]*', "base64,", drawing))
-    (tmp_path / "curves.svg").unlink()
     here = pictures.HERE
+    shutil.copytree(here / "results", tmp_path / "results")
+    shutil.copy(here / "views.png", tmp_path)
+    drawing = (here / "method.svg").read_text()
+    (tmp_path / "method.svg").write_text(re.sub('base64,[^"]*', "base64,", drawing))
     monkeypatch.setattr(pictures, "HERE", tmp_path)
     pictures.method()
     pictures.curves()
@@ -177,8 +170,7 @@ def test_minutes_are_of_the_fastest_epochs(tmp_path, capsys):
         f" {value} minutes, n = 1" for value in (6.0, 1.0)]
 
 
-def test_keep_adds_finished_runs_and_ebms_once(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear_eval, "load_images", lambda *_: draw_shapes(60, seed=3))
+def test_keep_adds_finished_runs_and_ebms_once(made, tmp_path, small):
     file = write(tmp_path / "rows.jsonl", [first := {**row("byol_disc", 0, 50), "more": 1}])
     for _ in range(2):
         pictures.keep(file, made / "student", made / "ebm.pt")
@@ -191,10 +183,12 @@ def test_keep_adds_finished_runs_and_ebms_once(made, tmp_path, monkeypatch):
         pictures.keep(file, made / "stopped")
 
 
+# --- Figures and pictures of a run and an EBM -------------------------------------------------
+
 @pytest.fixture
 def images(monkeypatch):
     """Stand-ins for DIR's images (images, labels), of which nothing is compared with the run's."""
-    data = draw_shapes(1500, seed=3)
+    data = draw_shapes(60, seed=3)
     monkeypatch.setattr(pictures, "load_images", lambda *_: data)
     for name in ("check_config", "training_images", "data_checksum", "checksum"):
         monkeypatch.setattr(pictures, name, lambda *_: None)
@@ -202,55 +196,46 @@ def images(monkeypatch):
 
 
 def test_along_a_chain(made, images, monkeypatch, capsys):
-    """Each row has the PSNR and the accuracies of the images that `langevin` returned for it."""
-    calls, ends, data = [], [], tuple(x[:60] for x in images)
-    monkeypatch.setattr(pictures, "load_images", lambda *_: data)
+    """Each row is of the images that `langevin` returned for it; the probe knows those of DIR."""
+    calls, ends, measured = [], [], []
     monkeypatch.setattr(pictures, "langevin", lambda f, x, steps, *flags: (
         calls.append((steps, *flags)) or ends.append(langevin(f, x, steps, *flags)) or ends[-1]))
+    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: x)
+    monkeypatch.setattr(pictures, "accuracies", lambda *data: measured.append(data) or "THESE")
     pictures.chain(made / "simclr", made / "ebm.pt", "DIR")
+    x, labels = images
     assert calls == [(steps, 10, 0.005) for steps in (0, 0, 0, 5, 10, 15)]
-    assert torch.equal(ends[0], data[0] / 255) and not torch.equal(ends[1], ends[0])
+    assert torch.equal(ends[0], x / 255) and not torch.equal(ends[1], ends[0])
     lines = capsys.readouterr().out.splitlines()
-    psnr = [float(re.search("PSNR ([a-z0-9.]+)", line)[1]) for line in lines]
-    encoder, _ = pictures.trained(made / "simclr", "DIR")
-    known = linear_eval.extract_features(encoder, data[0])
-    for end, line, value in zip(ends, lines, psnr, strict=True):
-        error = (end - data[0] / 255).square().mean((1, 2, 3))
-        assert value == pytest.approx((-10 * error.log10()).mean().item(), abs=0.06)
-        features = known, data[1], linear_eval.extract_features(encoder, end), data[1]
-        assert line.endswith(f"linear {linear_eval.linear_accuracy(*features):.1f}, "
-                             f"5-NN {linear_eval.knn_accuracy(*features, k=5):.1f}")
-    assert psnr[1] - psnr[2] == pytest.approx(4.1, abs=0.1)
+    for end, data, line in zip(ends, measured, lines, strict=True):
+        error = (end - x / 255).square().mean((1, 2, 3))
+        psnr = float(re.search("PSNR ([a-z0-9.]+)", line)[1])
+        assert psnr == pytest.approx((-10 * error.log10()).mean().item(), abs=0.06)
+        assert all(map(torch.equal, data, [x, labels, end, labels])) and line.endswith("THESE")
 
 
 def test_few_labels_and_noise(made, images, monkeypatch, capsys):
     """How many labels of each class the probe sees, and which images are noisy."""
+    x, labels = images[0], torch.arange(60) % 2
     sizes, seen = [], []
-    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: (
-        seen.append(x) or linear_eval.extract_features(encoder, x)))
+    monkeypatch.setattr(pictures, "load_images", lambda *_: (x, labels))
+    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: seen.append(x) or x)
     monkeypatch.setattr(pictures, "linear_accuracy", lambda x, y, test_x, test_y: (
-        sizes.append(sorted(y.bincount().tolist())) or len(y) + len(sizes) % 5))
+        sizes.append(y.bincount().tolist()) or len(y) + len(sizes) % 5))
+    monkeypatch.setattr(pictures, "knn_accuracy", lambda *data, k: 0)
     pictures.harder("DIR", made / "simclr")
     values = re.findall(r": linear ([\d.]+)(?: ± ([\d.]+))?", capsys.readouterr().out)
-    assert values == [("102.0", "1.6"), ("1002.0", "1.6"), ("1501.0", "")]
-    assert sizes[:10] == 5 * [10 * [10]] + 5 * [10 * [100]] and sum(sizes[10]) == 1500
-    assert torch.equal(seen[0], images[0]) and torch.equal(seen[1], images[0])
-    noise = seen[2] - images[0] / 255
+    assert values == [("22.0", "1.6"), ("62.0", "1.6"), ("61.0", "")]
+    assert sizes == 5 * [[10, 10]] + 6 * [[30, 30]]     # there are no hundred of a class
+    assert torch.equal(seen[0], x) and torch.equal(seen[1], x)
+    noise = seen[2] - x / 255
     assert noise[(seen[2] > 0) & (seen[2] < 1)].std().item() == pytest.approx(0.1, abs=0.01)
     assert seen[2].min() >= 0 and seen[2].max() <= 1
 
 
-def test_other_images_than_the_runs_are_refused(made, monkeypatch):
-    monkeypatch.setattr(pictures, "training_images", lambda args: draw_shapes(9, seed=3)[0])
-    monkeypatch.setattr(pictures, "data_checksum", lambda args: 0)
-    with pytest.raises(UserError, match="made with other"):
-        pictures.trained(made / "simclr", "DIR")
-
-
-def test_rows_of_images(made, tmp_path, monkeypatch):
+def test_rows_of_images(made, images, tmp_path, monkeypatch):
     """Their size and, of samples, which row of an EBM's picture they show."""
     monkeypatch.setattr(pictures, "HERE", tmp_path)
-    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(60, seed=3))
     pictures.views(made / "ebm.pt", "DIR")
     assert Image.open(tmp_path / "views.png").size == (170 + 2 * 342, 2 * 240)
     pictures.samples(f"a={made / 'ebm.ebm'}", f"b={made / 'ebm.ebm'}")

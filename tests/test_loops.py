@@ -125,15 +125,14 @@ def same(saved, method):
     return all(torch.equal(value, saved["model"][name]) for name, value in learned.items())
 
 
-RUNS = [(simclr_disc, "--coeff 0.5 --temperature 0.3 --eval-every 1"),
-        (simclr_disc, "--coeff 0 --schedule cosine --precision bf16"),
-        (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --schedule cosine --precision bf16"),
-        (simclr_langevin, "--coeff 0.5 --steps 2 --schedule cosine --precision bf16"),
-        (byol_langevin, "--coeff 0.5 --tau 0.9 --schedule cosine --steps 2"),
-        (byol_langevin, "--coeff 0.5 --view augment --precision bf16")]
+SCRIPTS = ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"]
 
 
-@pytest.mark.parametrize("script, flags", RUNS, ids=[f"{s.__name__} {f}" for s, f in RUNS])
+@pytest.mark.parametrize("script, flags", [
+    (simclr_disc, "--coeff 0.5 --temperature 0.3 --eval-every 1"),
+    (byol_disc, "--coeff 0.5 --layers all --tau 0.9 --schedule cosine --precision bf16"),
+    (simclr_langevin, "--coeff 0.5 --view augment --schedule cosine --precision bf16"),
+    (byol_langevin, "--coeff 0.5 --tau 0.9 --steps 2")], ids=SCRIPTS)
 def test_a_run_is_a_plain_loop(script, flags, program):
     args, images = program(script, flags)
     script.main()
@@ -144,8 +143,6 @@ def test_a_run_is_a_plain_loop(script, flags, program):
 
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     assert same(saved, method) and saved["done"] == 2
-    for name in ("weight_decay", "betas", "eps", "amsgrad", "maximize"):
-        assert saved["optimizer"]["param_groups"][0][name] == optimizer.param_groups[0][name]
     for ours, plain in zip(saved["optimizer"]["state"].values(), optimizer.state.values()):
         assert torch.equal(ours["exp_avg"], plain["exp_avg"])
 
@@ -164,21 +161,16 @@ def test_a_run_is_a_plain_loop(script, flags, program):
     assert result["linear"] != pytest.approx(result["untrained"]["linear"], rel=1e-3)
 
 
-class Tiny(torch.nn.Module):
-    """An encoder without convolutions, whose backward pass in fp16 takes seconds on a CPU."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.dim = 8 * width
-        self.net = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(),
-                                       torch.nn.Linear(192, self.dim), torch.nn.BatchNorm1d(64))
-
-    def forward(self, x):
-        return self.net(x)
+def tiny_encoder(width):
+    """One without convolutions, whose backward pass in fp16 takes seconds on a CPU."""
+    encoder = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(),
+                                  torch.nn.Linear(192, 8 * width), torch.nn.BatchNorm1d(8 * width))
+    encoder.dim = 8 * width
+    return encoder
 
 
 def test_a_run_in_fp16_scales_its_loss_and_resumes_exactly(program, monkeypatch):
-    monkeypatch.setattr(byol_disc, "Encoder", Tiny)
+    monkeypatch.setattr(byol_disc, "Encoder", tiny_encoder)
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=SCALE))
     monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
     args, images = program(byol_disc, "--coeff 0.5 --precision fp16")
@@ -199,29 +191,6 @@ def test_a_run_in_fp16_scales_its_loss_and_resumes_exactly(program, monkeypatch)
     assert not same(saved, train(byol_disc, args, images, f)[0])
 
 
-def test_the_untrained_encoder_is_the_very_network_that_is_trained(program, monkeypatch):
-    """An encoder of a script's own, whose constructor takes other arguments, with weights that
-    are changed after it."""
-    class Own(Tiny):
-        def __init__(self, path, depth):
-            super().__init__(depth)
-
-    def pretrained(width):
-        encoder, g = Own("weights.pt", depth=width), torch.Generator().manual_seed(9)
-        encoder.net[2].weight.data = torch.randn(64, 192, generator=g)
-        return encoder
-
-    monkeypatch.setattr(byol_disc, "Encoder", pretrained)
-    args, _ = program(byol_disc, "--coeff 0")
-    byol_disc.main()
-    _, start, *_ = map(json.loads, open("run/log.jsonl"))
-    torch.manual_seed(args.seed)
-    encoder = byol_disc.BYOL(args, None).encoder
-    assert start["linear"] == linear(encoder)
-    assert start["linear"] != linear(Own("weights.pt", 8))
-    assert json.loads(open("run/eval.json").read())["untrained"]["linear"] == start["linear"]
-
-
 def test_faults_of_a_loop_are_noticed(program):
     args, images = program(byol_disc, "--coeff 0.5 --tau 0.9 --schedule cosine")
     f = common.train_ebm(images, args)
@@ -232,9 +201,9 @@ def test_faults_of_a_loop_are_noticed(program):
         assert train(byol_disc, args, images, f, 1, fault)[2][0] != expected, fault
 
 
-@pytest.mark.parametrize("script", [simclr_langevin, byol_langevin])
-def test_generated_images_join_the_others(script, program, monkeypatch):
+def test_generated_images_join_the_others(program, monkeypatch):
     """--use dataset; every chain of the run, that of the picture too, has the flags' settings."""
+    script = simclr_langevin
     args, images = program(script, "--use dataset --batch-size 16")
     f, calls = common.train_ebm(images, args), []
 

@@ -2,19 +2,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
 
 import byol_disc
 import common
-from conftest import ROOT
-from processes import TINY, killed_copies, run, start, wait
+from processes import killed_copies, run, start, wait
 
 RUN = ["--run-dir", "run"]
 BANK = [*RUN, "--use", "dataset", "--steps", "6", "--subset", "32"]
@@ -41,64 +37,30 @@ def rows(log):
             for row in rows if "argv" not in row]
 
 
-def in_a_loop(command):
-    """What a bash loop prints of two commands, the first stopped by Ctrl-C, and the loop's end.
-
-    As on a terminal the signal goes to bash too, and bash lets what the command does decide.
-    """
-    bash = subprocess.Popen(
-        ["bash", "-c", f"for i in 1 2; do {sys.executable} -c '{command}' $i 2>&1; done"],
-        cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True, text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
-    first = bash.stdout.readline()
-    os.killpg(bash.pid, signal.SIGINT)
-    return first + bash.communicate(timeout=120)[0], bash.returncode
+BASELINE = ["byol_disc", "--coeff", "0"]
 
 
-def test_ctrl_c_ends_a_loop_of_runs():
-    main = ('\ndef main():\n  print("begun", flush=True)\n'
-            '  time.sleep(60 if sys.argv[1] == "1" else 0)\n')
-    said, status = in_a_loop(f"import sys, time, common{main}common.launch(main)")
-    assert said.count("begun") == 1 and status == -signal.SIGINT
-    exits = "try:\n  main()\nexcept KeyboardInterrupt:\n  sys.exit(130)"
-    assert in_a_loop(f"import sys, time{main}{exits}") == ("begun\nbegun\n", 0)     # a control
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, small):
-    """`train(*flags)` trains byol_disc's baseline here, in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def train(*flags):
-        monkeypatch.setattr(sys, "argv", ["byol_disc.py", *TINY, "--coeff", "0", *flags])
-        common.launch(byol_disc.main)
-    return train
-
-
-def test_a_loop_over_seeds_in_one_process_trains_every_seed(train, tmp_path, capsys):
+def test_a_loop_over_seeds_in_one_process_trains_every_seed(command, tmp_path, monkeypatch):
     """Also one whose first seed is finished already, which is shown and not trained again."""
-    train("--run-dir", "0")
+    monkeypatch.chdir(tmp_path)
+    command(*BASELINE, "--run-dir", "0")
     first = (tmp_path / "0" / "checkpoint.pt").stat().st_mtime_ns
     for seed in range(3):
-        train("--seed", str(seed), "--run-dir", str(seed))
-    assert all((tmp_path / str(seed) / "eval.json").exists() for seed in range(3))
+        status, out, err = command(*BASELINE, "--seed", str(seed), "--run-dir", str(seed))
+        assert status == 0 and ("0 is finished; test accuracy: linear " in out) == (seed == 0), err
     assert first == (tmp_path / "0" / "checkpoint.pt").stat().st_mtime_ns
-    assert capsys.readouterr().out.count("0 is finished; test accuracy: linear ") == 1
     weights = [torch.load(tmp_path / str(seed) / "checkpoint.pt")["model"] for seed in range(3)]
     assert not torch.equal(*(w["encoder.net.0.weight"] for w in weights[:2]))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_notebook_may_run_a_stopped_cell_again(error, train, tmp_path, monkeypatch):
+def test_a_notebook_may_run_a_stopped_cell_again(command, tmp_path, monkeypatch):
     """It keeps the exception, and with it what the run held."""
-    def stop(*_):
-        raise error
+    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(byol_disc, "target_tau", stop)
-        with pytest.raises(error) as kept:
-            train("--run-dir", "run")
-    train("--run-dir", "run")
-    assert kept.value and (tmp_path / "run" / "eval.json").exists()
+        patch.setattr(byol_disc, "target_tau", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt) as kept:
+            command(*BASELINE, "--run-dir", "run")
+    assert command(*BASELINE, "--run-dir", "run")[0] == 0 and kept.value
 
 
 @contextmanager
@@ -157,20 +119,19 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json", "log.jsonl", "langevin.png"])
 def test_a_full_disk_leaves_what_was_there(name, tmp_path, monkeypatch):
-    content = [torch.zeros(3, 8, 8) if name.endswith("png") else [{"seed": i}] for i in (0, 1)]
-    path, error = tmp_path / name, OSError(28, "No space left on device")
-    common.save(path, content[0])
+    old, new = (torch.zeros(3, 8, 8) if name.endswith("png") else [{"seed": i}] for i in (0, 1))
+    path = tmp_path / name
+    common.save(path, old)
     before = path.read_bytes()
 
     def fill(*args, **kwargs):
         (tmp_path / f"{path.stem}.new").write_bytes(b"half")
-        raise error
-    monkeypatch.setattr(torch, "save", fill)
-    monkeypatch.setattr(common, "save_image", fill)
-    monkeypatch.setattr(type(path), "write_text", fill)
-    with pytest.raises(OSError, match="No space left on device"):
-        common.save(path, content[1])
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        for place, writer in [(torch, "save"), (common, "save_image"), (type(path), "write_text")]:
+            patch.setattr(place, writer, fill)
+        with pytest.raises(OSError, match="No space left on device"):
+            common.save(path, new)
     assert path.read_bytes() == before
-    monkeypatch.undo()
-    common.save(path, content[0])                       # the same command goes on
+    common.save(path, old)                              # the same command goes on
     assert path.read_bytes() == before and os.listdir(tmp_path) == [name]

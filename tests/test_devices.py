@@ -1,17 +1,13 @@
-"""Two gloo ranks against one, loss and gradient to 1e-5; and how ranks meet, wait and part."""
+"""Two gloo ranks against one, loss and gradient to 1e-5; what each rank does, and on what device."""
 import json
 import sys
-import time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import byol_disc
-import byol_langevin
 import common
 import simclr_disc
 from common import UserError, draw_shapes, nt_xent
@@ -53,11 +49,6 @@ def everything():
     return [contrast(x[share]), *(step(script, images[share]) for script in SCRIPTS)]
 
 
-def meet(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-
-
 def work(rank, folder):
     """Saves the results, and those of a gather without gradient."""
     def gather_without_gradient(x):
@@ -66,7 +57,8 @@ def work(rank, folder):
         parts[rank] = x
         return torch.cat(parts)
 
-    meet(rank, folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, gather in [("right", common.gather), ("cut", gather_without_gradient)]:
         common.gather = gather
         results = everything()
@@ -77,20 +69,15 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-def both(work, *args):
-    """The exit statuses of the two ranks' work."""
-    ranks = [CONTEXT.Process(target=work, args=(rank, *args)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    return [wait(rank) for rank in ranks]
-
-
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     for script in SCRIPTS:                              # `step` replaces these for good
         monkeypatch.setattr(script, "augment", None)
         monkeypatch.setattr(script, "langevin_view", None, raising=False)
     one_rank = everything()
-    assert both(work, tmp_path) == [0, 0]
+    ranks = [CONTEXT.Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert [wait(rank) for rank in ranks] == [0, 0]
     assert all(gradient.abs().max() > 1e-3 for _, gradient in one_rank)
     for name, equal in [("right", 5 * [True]),
                         ("cut", [False, False, True, False, True])]:    # BYOL has no negatives
@@ -100,90 +87,52 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
                          for (_, a), (_, b) in zip(one_rank, two_ranks)]
 
 
-def slowly(function):
-    def call(*args, **kwargs):
-        time.sleep(0.2)
-        return function(*args, **kwargs)
-    return call
-
-
-def a_run(folder):
-    """(seed, [share of a batch]) of this rank in a run of an epoch, of which the first alone may
-    make anything, and takes its time."""
-    sys.argv = ["byol_langevin.py", "--dataset", "synthetic", "--width", "8", "--ebm-iters", "0",
-                "--steps", "1", "--epochs", "1", "--batch-size", "4", "--precision", "fp32",
-                "--eval-every", "1", "--run-dir", f"{folder}/run", "--ebm", f"{folder}/ebm.pt"]
-    common.data_checksum = lambda args: 0
-    args, images, shares = byol_langevin.parse(), draw_shapes(10, seed=3)[0], []
-    accuracies = dict.fromkeys(["linear", "knn5", "knn_cosine"], 50.0)
-    run = common.Run(args, images, slowly(lambda *_, **__: dict(accuracies)))
-    if common.rank() > 0:
-        common.make_ebm = common.save = common.langevin_view = run.evaluate = run.lock = None
-    else:
-        common.make_ebm = slowly(common.make_ebm)
-        common.langevin_view = slowly(common.langevin_view)
-    f = run.get_discriminator(images)
-    run.save_chain(f, images)
-    generated = run.generate_images(f, images)
-    assert generated.shape == images.shape and not torch.equal(generated, images)
-    model = torch.nn.Linear(1, 1)
-    model.encoder = None
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for epoch in run.epochs(model=model, optimizer=torch.optim.SGD(model.parameters())):
-        seed = torch.initial_seed()
-        for x in run.batches(images, epoch):
-            shares.append(x)
-            run.log(loss=x.float().mean(), z_std=torch.tensor(1.0))
-    run.finish(None)
-    assert Path(folder, "run", "eval.json").exists()
-    return seed, shares
-
-
-def run_on_a_rank(rank, folder):
-    meet(rank, folder)
-    torch.save(a_run(folder), f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_make_one_run(tmp_path, monkeypatch):
-    """Each with its half of every batch and views of its own; the log has the mean over both."""
-    monkeypatch.setattr(sys, "argv", [])
-    for name in ("make_ebm", "langevin_view", "data_checksum"):
-        monkeypatch.setattr(common, name, getattr(common, name))
-    (tmp_path / "one").mkdir()
-    (_, whole), loss = a_run(tmp_path / "one"), []
-    assert both(run_on_a_rank, tmp_path) == [0, 0]
-    (seed_0, shares_0), (seed_1, shares_1) = (torch.load(tmp_path / name) for name in "01")
-    assert seed_0 != seed_1
-    assert [len(x) for x in whole + shares_0 + shares_1] == [4, 4, 2, 2, 2, 2]
-    assert all(map(torch.equal, whole, map(torch.cat, zip(shares_0, shares_1))))
-    assert len(torch.cat(whole).unique(dim=0)) == 8
-    for log in ("one/run/log.jsonl", "run/log.jsonl"):
-        _, untrained, row = map(json.loads, (tmp_path / log).read_text().splitlines())
-        assert untrained["knn5"] == 50
-        loss.append(row["loss"])
-    means = [torch.cat(shares).float().mean().item() for shares in (whole, shares_0, shares_1)]
-    assert loss == pytest.approx([means[0]] * 2) and min(abs(loss[0] - m) for m in means[1:]) > 0.1
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_first_rank_alone_shows_lines(terminal, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    for rank, shown in [(1, False), (0, True)]:
+def test_ranks_share_each_batch(stub, monkeypatch):
+    """Together they have the batches of a lone process, and each image once."""
+    run, images, shares = stub(), torch.arange(64), []
+    whole = [*run.batches(images, 1)]
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    for rank in (0, 1):
         monkeypatch.setattr(common, "rank", lambda: rank)
-        common.show("a line")
-        assert ("a line" in capsys.readouterr().out) == shown
+        shares.append([*run.batches(images, 1)])
+    assert {len(share) for share in shares[0] + shares[1]} == {4}
+    assert all(map(torch.equal, whole, map(torch.cat, zip(*shares))))
+    assert torch.cat(whole).unique().numel() == 64 and not torch.equal(torch.cat(whole), images)
 
 
-@pytest.mark.parametrize("size, shared", [(4, False), (5, False), (3, False), (6, True)])
-def test_ranks_share_a_batch_evenly_each_at_least_two_images(size, shared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_writes(rank, stub, monkeypatch, tmp_path):
+    """The mean over the ranks. Each draws views of its own."""
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda mean: mean.mul_(4))  # the other's is thrice this
+    run, model = stub(epochs=1), torch.nn.Linear(1, 1)
+    model.encoder = None
+    model(torch.ones(1, 1)).sum().backward()
+    for epoch in run.epochs(model=model, optimizer=torch.optim.SGD(model.parameters())):
+        assert (torch.initial_seed() == common.seed_of(0, 1, 0)) == (rank == 0)
+        run.log(loss=torch.tensor(1.0), z_std=torch.tensor(1.0))
+    run.finish(None)
+    assert (tmp_path / "run").exists() == (rank == 0)
+    if rank == 0:
+        rows = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1])["loss"] == 2 and (tmp_path / "run" / "eval.json").exists()
+
+
+def test_the_first_rank_alone_shows_lines(monkeypatch, capsys):
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        for rank, shown in [(1, False), (0, True)]:
+            monkeypatch.setattr(common, "rank", lambda: rank)
+            common.show("a line")
+            assert ("a line" in capsys.readouterr().out) == shown
+
+
+@pytest.mark.parametrize("size, shared", [(4, False), (3, False), (6, True), (66, False)])
+def test_ranks_share_a_batch_evenly_each_at_least_two_images(size, shared, stub, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 3)
-    monkeypatch.setattr(common, "data_checksum", lambda args: 0)
-    monkeypatch.setattr(sys, "argv", ["byol_disc.py", "--dataset", "synthetic", "--batch-size",
-                                      str(size), "--run-dir", str(tmp_path / "run")])
     with nullcontext() if shared else pytest.raises(UserError, match=f"--batch-size {size}: .* 3 "):
-        common.Run(byol_disc.parse(), draw_shapes(8, seed=3)[0], None)
+        stub(batch_size=size)
 
 
 def test_cuda_ranks_normalise_by_the_whole_batch(monkeypatch):

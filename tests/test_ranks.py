@@ -16,7 +16,7 @@ LONG = [*RUN, "--coeff", "0", "--epochs", "100"]
 
 
 @pytest.mark.parametrize("script, flags", [("simclr_disc", RUN),
-                                           ("byol_langevin", [*RUN, "--steps", "2"])])
+                                           ("byol_langevin", [*RUN, "--steps", "2", "--use", "dataset"])])
 def test_a_run_on_two_ranks_killed_and_resumed(script, flags, tmp_path):
     """And what both would do alone: EBM, log, evaluation."""
     whole = tmp_path / "whole"

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 import byol_disc
 import common
-import simclr_disc
 from common import Discriminator, Encoder, augment, langevin, lr_factor, target_tau
 from linear_eval import extract_features, knn_accuracy, linear_accuracy
 from test_methods import SCRIPTS, make
@@ -117,8 +116,7 @@ def steps(script, cuda, **flags):
 
 
 @pytest.mark.parametrize("script, flags", [
-    *((script, {}) for script in SCRIPTS), (simclr_disc, {"layers": "all"}),
-    (byol_disc, {"layers": "all"}), (simclr_disc, {"coeff": 0}), (byol_disc, {"coeff": 0})])
+    *((script, {}) for script in SCRIPTS), (byol_disc, {"layers": "all"})])
 def test_a_training_step(script, flags, cuda):
     step = steps(script, cuda, **flags)
     step()                                              # copies the order of the epoch's batches
@@ -126,15 +124,14 @@ def test_a_training_step(script, flags, cuda):
 
 
 @pytest.mark.parametrize("objective", common.EBM_ADAM)
-@pytest.mark.parametrize("rotation", [0, 1.0])
-def test_an_ebm_step(objective, rotation, cuda):
+def test_an_ebm_step(objective, cuda):
     args = SimpleNamespace(width=8, device="cuda", ebm_objective=objective)
     state = common.ebm_networks(args)
     cuda(p for part in state.values() if isinstance(part, torch.nn.Module)
          for p in part.parameters())
     step, x = getattr(common, f"{objective}_step"), torch.rand(8, 3, 32, 32, device="cuda")
-    step(x, rotation, **state)
-    assert counted(step, x, rotation, **state) == []
+    step(x, 1.0, **state)
+    assert counted(step, x, 1.0, **state) == []
 
 
 def test_augmentation_and_sampler(cuda):
@@ -158,12 +155,10 @@ def test_evaluation_waits_once(cuda):
 
 
 @pytest.mark.parametrize("fault, name", [
-    (lambda x: x.new_tensor([0.3, 0.6]), "aten._to_copy.default"),
     (lambda x: torch.tensor([0.3, 0.6], device="cuda"), "aten._to_copy.default"),
     (lambda x: x.copy_(torch.zeros(2, 3)), "aten.copy_.default"),
     (lambda x: x[torch.tensor([0, 1])], "aten.index.Tensor"),
-    (lambda x: x[[0, 1]], "aten._to_copy.default"), (lambda x: x.cpu(), "aten._to_copy.default"),
-    (lambda x: x.sum().item(), "item"), (lambda x: bool(x.sum() > 0), "item")])
+    (lambda x: x.cpu(), "aten._to_copy.default"), (lambda x: x.sum().item(), "item")])
 def test_faults_are_noticed(fault, name, cuda, monkeypatch):
     x = torch.rand(2, 3, device="cuda")
     assert counted(fault, x) == [name]

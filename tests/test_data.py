@@ -78,17 +78,16 @@ def test_more_than_eight_bits_are_refused_by_name(folder, dtype, kind):
 
 def test_what_is_transparent_is_white(tmp_path):
     """By an alpha channel, in part too, by a colour, and in a palette."""
-    for mode, alpha, expected in [("RGBA", 0, 255), ("RGBA", 255, 50), ("RGBA", 51, 214),
-                                  ("LA", 0, 255)]:
-        color = (50,) * (len(mode) - 1) + (alpha,)
-        Image.new(mode, (20, 70), color).save(tmp_path / "image.png")
-        assert read_image(tmp_path / "image.png").unique().tolist() == [expected]
     palette = Image.new("P", (9, 9), 1)
     palette.putpalette([0, 0, 0, 80, 80, 80])
-    for image, clear in [(Image.new("L", (9, 9), 80), 80), (palette, 1)]:
-        for transparency, expected in [(clear, 255), (clear - 1, 80)]:
-            image.save(tmp_path / "image.png", transparency=transparency)
-            assert read_image(tmp_path / "image.png").unique().tolist() == [expected]
+    for image, transparency, expected in [
+            *((Image.new("RGBA", (20, 70), (50, 50, 50, alpha)), None, expected)
+              for alpha, expected in [(0, 255), (255, 50), (51, 214)]),
+            (Image.new("LA", (9, 9), (50, 0)), None, 255),
+            (Image.new("L", (9, 9), 80), 80, 255), (Image.new("L", (9, 9), 80), 79, 80),
+            (palette, 1, 255), (palette, 0, 80)]:
+        image.save(tmp_path / "image.png", transparency=transparency)
+        assert read_image(tmp_path / "image.png").unique().tolist() == [expected]
 
 
 def test_every_image_stands_upright(tmp_path):

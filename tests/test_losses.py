@@ -31,12 +31,7 @@ def test_nt_xent_equals_loops(temperature):
     assert nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-10)
     wrong_partners = nt_xent(z1, z2.roll(1, 0), temperature).item()
     assert wrong_partners != pytest.approx(expected, abs=1e-3)
-
-
-def test_nt_xent_of_equal_similarities():
-    z = torch.ones(8, 4)
-    assert nt_xent(z, z).item() == pytest.approx(math.log(15), abs=1e-6)
-    assert nt_xent(torch.eye(8), torch.eye(8)).item() < math.log(15) - 0.5
+    assert nt_xent(torch.ones(8, 4), torch.ones(8, 4)).item() == pytest.approx(math.log(15))
 
 
 def test_nt_xent_gradient():

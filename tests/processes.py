@@ -27,7 +27,8 @@ def argv(script, flags):
 def work(script, flags, directory, moment=None, place=None, environment={}):
     """Run the script's main, and die by SIGKILL before the `moment`-th renaming of a file.
 
-    With "each", live, and leave what a kill before the n-th would have left in `directory`/../n.
+    With "each", live, and leave what a kill before the n-th would have left in `directory`/../n;
+    with a file's name, what kills before its renamings would.
     The script and its common.py are those in the directory `place`, if given.
     """
     os.environ.update(environment)
@@ -41,7 +42,7 @@ def work(script, flags, directory, moment=None, place=None, environment={}):
 
     def mortal(*args):
         now = next(moments)
-        if moment == "each":
+        if moment in ("each", str(args[1])):
             shutil.copytree(".", f"../{now}")
         if now == moment:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -115,23 +115,3 @@ def test_two_runs_that_need_the_same_ebm_share_it(tmp_path):
     assert common.load_ebm(tmp_path / "ebm.pt", "cpu").dims["last"] == 64
     assert out.read_text().count("iteration 5/5 ") == 1 == out.read_text().count("waiting")
     assert not (tmp_path / "ebm.ebm" / "checkpoint.pt").exists()
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json", "log.jsonl", "langevin.png"])
-def test_a_full_disk_leaves_what_was_there(name, tmp_path, monkeypatch):
-    old, new = (torch.zeros(3, 8, 8) if name.endswith("png") else [{"seed": i}] for i in (0, 1))
-    path = tmp_path / name
-    common.save(path, old)
-    before = path.read_bytes()
-
-    def fill(*args, **kwargs):
-        (tmp_path / f"{path.stem}.new").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        for place, writer in [(torch, "save"), (common, "save_image"), (type(path), "write_text")]:
-            patch.setattr(place, writer, fill)
-        with pytest.raises(OSError, match="No space left on device"):
-            common.save(path, new)
-    assert path.read_bytes() == before
-    common.save(path, old)                              # the same command goes on
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]

@@ -136,13 +136,6 @@ def test_captured_steps_of_an_ebm_are_the_eager_ones(objective, gpu):
     assert gpu.count("capture") == 1
 
 
-def test_each_batch_is_copied_to_the_graph_and_left_as_it_is(gpu):
-    sizes, step = [], graphed(lambda x: sizes.append(len(x)) or {"sum": x.sum()}, GPU)
-    batches = [torch.full((3,), float(i)) for i in range(7)]
-    assert [step(x)["sum"].item() for x in batches] == [0, 3, 6, 9, 12, 15, 18]
-    assert [x[0].item() for x in batches] == [*range(7)] and len(sizes) == 4    # then replayed
-
-
 def test_what_waits_for_the_host_is_one_line(gpu):
     step = graphed(lambda x: {"max": x / x.max().item()}, GPU)
     for _ in range(3):

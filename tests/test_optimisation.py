@@ -35,14 +35,12 @@ def test_cosine_schedule():
     assert 0 < used[-1] < 1e-6
 
 
-@pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_warm_up_is_at_most_a_tenth_of_a_short_run(schedule):
-    used = rates(schedule, steps=100)
-    assert used[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert used[10] == 1
-    drops = [b / a for a, b in zip(used[90:], used[91:]) if b < 0.5 * a]
-    assert schedule == "cosine" or drops == pytest.approx([0.2, 0.2])
-    assert lr_factor(schedule, 3)(0) == 1                            # too short to warm up
+def test_warm_up_is_at_most_a_tenth_of_a_short_run():
+    for schedule in ("step", "cosine"):
+        used = rates(schedule, steps=100)
+        assert used[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and used[10] == 1
+        assert lr_factor(schedule, 3)(0) == 1                           # too short to warm up
+    assert rates("step", steps=100)[94:99] == pytest.approx([1, 0.2, 0.2, 0.2, 0.04])
 
 
 def test_target_tau():

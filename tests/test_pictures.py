@@ -211,24 +211,6 @@ def test_along_a_chain(made, images, monkeypatch, capsys):
         assert all(map(torch.equal, data, [x, labels, end, labels])) and line.endswith("THESE")
 
 
-def test_few_labels_and_noise(made, images, monkeypatch, capsys):
-    """How many labels the probe sees, and which images are noisy."""
-    sizes, seen = [], []
-    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: seen.append(x) or x)
-    monkeypatch.setattr(pictures, "linear_accuracy", lambda x, y, test_x, test_y: (
-        sizes.append(len(y)) or len(sizes)))
-    monkeypatch.setattr(pictures, "knn_accuracy", lambda *data, k: 0)
-    pictures.harder("DIR", made / "simclr")
-    values = re.findall(r": linear ([\d.]+)(?: ± ([\d.]+))?", capsys.readouterr().out)
-    assert values == [("3.0", "1.6"), ("8.0", "1.6"), ("11.0", "")]     # of 1 to 5, 6 to 10; 11
-    few = sum(min(n, 10) for n in images[1].bincount().tolist())
-    assert sizes == 5 * [few] + 6 * [60]
-    noise = seen[2] - images[0] / 255
-    assert torch.equal(seen[0], images[0]) and torch.equal(seen[1], images[0])
-    assert noise[(seen[2] > 0) & (seen[2] < 1)].std().item() == pytest.approx(0.1, abs=0.01)
-    assert seen[2].min() >= 0 and seen[2].max() <= 1
-
-
 def test_rows_of_images(made, images, tmp_path, monkeypatch):
     """Their size and, of samples, which row of an EBM's picture they show."""
     monkeypatch.setattr(pictures, "HERE", tmp_path)

@@ -43,6 +43,7 @@ def copied(whole, tmp_path, monkeypatch):
 def test_a_run_leaves_what_the_design_says(whole):
     run = whole / "run"
     config = json.loads((run / "config.json").read_text())
+    assert config["precision"] == "fp32" and config["ranks"] == 1
     source = run / f"source-{config['code']}"
     assert {path.name for path in run.iterdir()} == {
         ".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl", source.name}
@@ -50,20 +51,13 @@ def test_a_run_leaves_what_the_design_says(whole):
         name: (ROOT / name).read_text() for name in ("common.py", "byol_disc.py", "linear_eval.py")}
     header, floor, *rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert header["argv"][0] == "byol_disc" and header["torch"] == torch.__version__
-    assert header["threads"] == 1 and header["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert [row["epoch"] for row in [floor, *rows]] == [0, 1, 2, 3, 4, 5]
-    assert {"loss", "pair12", "pair13", "pair23", "lr", "z_std", "images_per_s"} < set(rows[0])
     assert rows[0]["loss"] == pytest.approx(
         rows[0]["pair12"] + 0.1 * (rows[0]["pair13"] + rows[0]["pair23"]) / 2, abs=1e-5)
     assert [row["lr"] for row in rows[:2]] == pytest.approx([1.5e-3, 3e-3])     # two warm-up steps
-    torch.manual_seed(0)
-    start, end = Encoder(8).net[0].weight, torch.load(run / "checkpoint.pt")["model"]
-    online, target = end["encoder.net.0.weight"], end["target_encoder.net.0.weight"]
-    assert not any(map(torch.equal, [online, target, target], [start, start, online]))
     result, metrics = json.loads((run / "eval.json").read_text()), {"linear", "knn5", "knn_cosine"}
     assert set(result) == metrics | {"split", "data", "evaluation", "untrained"}
     assert result["untrained"] == {name: floor[name] for name in metrics}
-    assert config["precision"] == "fp32" and config["ranks"] == 1
     out = (whole / "out").read_text()
     assert out.count("epoch ") == 5 and "test accuracy: linear" in out
 
@@ -128,8 +122,7 @@ def test_the_same_command_after_an_edit_of_the_code(tmp_path):
     assert "other code" not in out.read_text() and "accuracy: linear" in out.read_text()
     (code / "mine.py").write_text("SIZE = 2\n")
     out.write_text("")
-    assert run() == 0
-    assert "run is finished, made by other code" in out.read_text()
+    assert run() == 0 and "run is finished, made by other code" in out.read_text()
     assert "accuracy: linear" not in out.read_text() and "--run-dir" in out.read_text()
 
 
@@ -237,20 +230,19 @@ def draw_folder(path, name_of):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
 
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+@pytest.fixture
+def evaluated(tmp_path, command, monkeypatch):
     """A finished and a half-done run on images of two classes, and a folder where those of the test
-    are swapped."""
-    directory = tmp_path_factory.mktemp("evaluated")
+    are swapped, in the working directory."""
+    monkeypatch.chdir(tmp_path)
     for name, classes in [("images", "ab"), ("swapped", "ba")]:
-        draw_folder(directory / name / "train", lambda i, label: "ab"[label % 2])
-        draw_folder(directory / name / "test", lambda i, label: classes[label % 2 ^ i % 4 // 3])
-    status = processes.run("byol_disc", directory, *FOLDER, "--data-dir", "images", "--run-dir",
-                           "run")
-    assert status == 0, (directory / "err").read_text()
-    shutil.copytree(directory / "run", directory / "half")
-    unfinish(directory / "half")
-    return directory
+        draw_folder(tmp_path / name / "train", lambda i, label: "ab"[label % 2])
+        draw_folder(tmp_path / name / "test", lambda i, label: classes[label % 2 ^ i % 4 // 3])
+    status, _, err = command("byol_disc", *FOLDER, "--data-dir", "images", "--run-dir", "run")
+    assert status == 0, err
+    shutil.copytree("run", "half")
+    unfinish(tmp_path / "half")
+    return tmp_path
 
 
 def cells(out):
@@ -260,12 +252,10 @@ def cells(out):
     return label, [None if value == "-" else float(value) for value in values]
 
 
-def test_other_data_under_a_run_is_refused(evaluated, tmp_path, command, monkeypatch):
+def test_other_data_under_a_run_is_refused(evaluated, command):
     """Whether the run is finished or not; the same data are known wherever they are."""
-    directory, images = tmp_path / "copy", tmp_path / "copy" / "moved"
-    shutil.copytree(evaluated, directory)
-    monkeypatch.chdir(directory)
-    (directory / "images").rename(images)
+    images, swapped = evaluated / "moved", evaluated / "swapped"
+    (evaluated / "images").rename(images)
 
     def again(run):
         return command("byol_disc", *FOLDER, "--data-dir", "moved", "--run-dir", run)
@@ -273,49 +263,40 @@ def test_other_data_under_a_run_is_refused(evaluated, tmp_path, command, monkeyp
     status, out, err = again("run")
     assert status == 0 and "is finished" in out, err
     image, other = sorted((images / "train").rglob("*.png"))[:2]
-    for change in ("labels", "image"):
-        if change == "labels":
-            (images / "test").rename(images / "kept")
-            (directory / "swapped" / "test").rename(images / "test")
-        else:
-            shutil.rmtree(images / "test")
-            (images / "kept").rename(images / "test")
+    for change in ("image", "labels"):
+        if change == "image":
+            whole = image.read_bytes()
             image.write_bytes(other.read_bytes())
+        else:
+            image.write_bytes(whole)
+            shutil.copytree(swapped, images, dirs_exist_ok=True)
         for run in ("run", "half"):
-            log = log_of(directory / run)
+            log = log_of(evaluated / run)
             status, out, err = again(run)
             assert status == 2 and err.startswith(f"error: {run}: made with other "), err
-            assert "accuracy" not in out and err.count("\n") == 1 and log_of(directory / run) == log
+            assert "accuracy" not in out and err.count("\n") == 1 and log_of(evaluated / run) == log
 
 
-def test_a_run_is_measured_on_other_labelled_data(evaluated, tmp_path, command, monkeypatch):
+def test_a_run_is_measured_on_other_labelled_data(evaluated, command):
     """By linear_eval.py, which only reads, says on which data, and keeps their rows apart."""
-    monkeypatch.chdir(evaluated)
     result = json.loads((evaluated / "run" / "eval.json").read_text())
     said = [value and round(value, 2) for value in map(result.get, linear_eval.METRICS)]
     assert said[1] != 50                                # else a swap would not show
-    assert cells(command("linear_eval", "run")[1]) == ("| byol_disc", said)
     before = {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")}
+    assert cells(command("linear_eval", "run")[1]) == ("| byol_disc", said)
     status, out, err = command("linear_eval", "run", "--data-dir", "swapped")
     swapped = [value and round(100 - value, 2) for value in said]       # of two classes
     assert status == 0 and cells(out)[1] == swapped and "swapped" in out, err
-    other = tmp_path / "other"
     for split in ("train", "test"):
-        draw_folder(other / split, lambda i, label: str(label % 3))
-    for flags, name in [(["folder", "--data-dir", str(other)], other), (["synthetic"], "synthetic")]:
+        draw_folder(evaluated / "other" / split, lambda i, label: str(label % 3))
+    for flags, name in [(["folder", "--data-dir", "other"], "other"), (["synthetic"], "synthetic")]:
         status, out, err = command("linear_eval", "run", "--dataset", *flags)
         assert status == 0 and f"measured_on={name}" in out and cells(out)[1] != said, err
     status, out, err = command("linear_eval", "run", "--data-dir", "nowhere")
     assert status == 2 and out == "" and "--data-dir nowhere" in err
     assert {path: path.read_bytes() for path in (evaluated / "run").glob("*.*")} == before
-
-
-def test_an_unfinished_run_has_a_row_of_its_own(evaluated, command, monkeypatch):
-    """That of its epochs done, and of those it would have."""
-    monkeypatch.chdir(evaluated)
-    status, out, err = command("linear_eval", "run", "half")
-    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| byol")]
-    assert status == 0 and rows == ["| byol_disc epochs=2", "| byol_disc epochs=1 of 2"], err
+    out = command("linear_eval", "run", "half")[1]      # as many as it has done, of all
+    assert "| byol_disc epochs=2 |" in out and "| byol_disc epochs=1 of 2 |" in out
 
 
 def test_table_of_runs_and_ebm(copied, command):

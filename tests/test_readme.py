@@ -45,19 +45,3 @@ def test_every_command_is_accepted(monkeypatch):
         with pytest.raises(SystemExit):
             module.parse()
     assert len(seen) > 30
-
-
-def test_the_loops_are_the_decks():
-    """Every setting in the deck's six tables, and both baselines."""
-    made = {(script, *flags) for _, script, *flags in commands()}
-    for script, flag, values in [
-            ("simclr_langevin.py", "--steps", "5 10 15 20"),
-            ("byol_langevin.py", "--steps", "5 10 15 20"),
-            ("simclr_langevin.py", "--alpha", "0.5 0.6 0.7"),
-            ("byol_langevin.py", "--alpha", "0.5 0.6 0.7"),
-            ("simclr_langevin.py", "--noise-std", "0.5 1.0 2.0"),
-            ("simclr_langevin.py", "--step-size", "5 10 20"),
-            ("byol_langevin.py", "--coeff", "0.001 0.01 0.1"),
-            ("simclr_disc.py", "--coeff", "0 0.001 0.01 0.1"),
-            ("byol_disc.py", "--coeff", "0 0.01 0.1 1.0")]:
-        assert {(script, flag, value) for value in values.split()} <= made

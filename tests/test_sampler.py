@@ -47,17 +47,14 @@ def test_noise_alone_and_no_step():
 
 
 def test_f_is_untouched_and_the_sample_detached():
-    f = Discriminator(8)
+    f, start = Discriminator(8), torch.rand(2, 3, 32, 32)
     f.stages[0].insert(1, nn.BatchNorm2d(8))
     f.eval()
     before = {name: value.clone() for name, value in f.state_dict().items()}
     with torch.no_grad():                                           # the caller's
-        sample = langevin(f, torch.rand(2, 3, 32, 32), 3, 10, 0.005)
-    assert not sample.requires_grad and sample.grad_fn is None
-    start = torch.rand(2, 3, 32, 32)
-    langevin(f, start, 1, 10, 0.005)
-    assert not start.requires_grad                                  # nor is the start touched,
-    assert not langevin(f, 1 - start.requires_grad_(), 0, 10, 0.0).requires_grad    # or kept
+        sample = langevin(f, start, 3, 10, 0.005)
+    assert not sample.requires_grad and not start.requires_grad
+    assert not langevin(f, start.requires_grad_(), 0, 10, 0.0).requires_grad
     assert all(p.grad is None and p.requires_grad for p in f.parameters())
     assert all(torch.equal(value, before[name]) for name, value in f.state_dict().items())
     f.train()(sample)                                               # a control: this is seen

@@ -151,26 +151,24 @@ def test_cuda_ranks_normalise_by_the_whole_batch(monkeypatch):
 
 def test_cuda_ranks_name_their_device(monkeypatch):
     calls = []
-
-    def zeros(_, device):
-        return SimpleNamespace(device=torch.device("cuda:0" if device == "cuda" else device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
-    monkeypatch.setattr(torch, "zeros", zeros)
-    for device in ("cuda:1", "cuda", "cpu"):                                     # on one rank
-        common.prepare_device(SimpleNamespace(device=device))
-    assert calls == [torch.device("cuda:1"), torch.device("cuda:0")]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(torch, "zeros", lambda _, device: SimpleNamespace(
+        device=torch.device("cuda:0" if device == "cuda" else device)))
+
+    def prepare(device):
+        args = SimpleNamespace(device=device)
+        calls.clear()
+        common.prepare_device(args)
+        return args.device, calls
+
+    assert prepare("cuda:1") == ("cuda:1", ["cuda:1"]) and prepare("cpu") == ("cpu", [])
+    assert prepare("cuda") == ("cuda", ["cuda:0"])
     with pytest.raises(UserError, match="--device mps: .*use cpu or cuda"):
-        common.prepare_device(SimpleNamespace(device="mps"))
+        prepare("mps")
     for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
-    args = SimpleNamespace(device="cuda")
-    common.prepare_device(args)
-    assert args.device == "cuda:1"
-    assert calls[2:] == [torch.device("cuda:1"), "nccl"]
-    args = SimpleNamespace(device="cpu")
-    common.prepare_device(args)
-    assert args.device == "cpu" and calls[4:] == ["gloo"]
+    assert prepare("cuda") == ("cuda:1", ["cuda:1", "nccl"]) and prepare("cpu") == ("cpu", ["gloo"])
 
 
 def test_a_layer_without_gradient_is_named(monkeypatch, capsys):
@@ -178,14 +176,17 @@ def test_a_layer_without_gradient_is_named(monkeypatch, capsys):
     model = torch.nn.ModuleDict(dict(used=torch.nn.Linear(1, 1), fc=torch.nn.Linear(1, 1),
                                      frozen=torch.nn.Linear(1, 1).requires_grad_(False)))
     model["used"](torch.ones(1, 1)).sum().backward()
-    run = SimpleNamespace(steps=[], model=model, noted=False)
-    for _ in range(2):
+
+    def log_a_step(run=None):
+        run = run or SimpleNamespace(steps=[], model=model, noted=False)
         common.Run.log(run, loss=torch.ones(()))
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "trained: fc.weight, fc.bias\n" in out
+        return run
+    log_a_step(log_a_step())
+    assert capsys.readouterr().out == "note: without gradient, so never trained: " \
+                                      "fc.weight, fc.bias\n"
     monkeypatch.setattr(common, "world_size", lambda: 2)
     with pytest.raises(UserError, match="fc.weight"):
-        common.Run.log(SimpleNamespace(steps=[], model=model, noted=False), loss=torch.ones(()))
+        log_a_step()
     del model["fc"]                                                              # a control
-    common.Run.log(SimpleNamespace(steps=[], model=model, noted=False), loss=torch.ones(()))
+    log_a_step()
     assert capsys.readouterr().out == ""

@@ -115,23 +115,6 @@ def test_captured_steps_are_the_eager_ones(script, gpu):
     assert all(map(torch.equal, eager, replayed))
 
 
-@pytest.mark.parametrize("objective", common.EBM_ADAM)
-def test_captured_steps_of_an_ebm_are_the_eager_ones(objective, gpu):
-    """Its optimizers' too."""
-    def train(args):
-        torch.manual_seed(0)
-        state = common.ebm_networks(SimpleNamespace(width=8, device="cpu", ebm_objective=objective))
-        for name in ("optimizer_d", "optimizer_g"):
-            if name in state:
-                state[name].param_groups[0]["capturable"] = True        # as on a GPU
-        step = graphed(lambda x: getattr(common, f"{objective}_step")(x, 1.0, **state), args)
-        rows = [step(x / 255) for x in draw_shapes(40, seed=3)[0].split(8)]
-        return tensors([part.state_dict() for part in state.values()]), tensors(rows)
-
-    assert all(map(torch.equal, *map(tensors, (train(CPU), train(GPU)))))
-    assert gpu.count("capture") == 1
-
-
 def test_what_waits_for_the_host_is_one_line(gpu):
     step = graphed(lambda x: {"max": x / x.max().item()}, GPU)
     for _ in range(3):

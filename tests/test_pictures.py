@@ -15,7 +15,7 @@ import common
 import linear_eval
 import pictures
 import processes
-from common import UserError, augment, draw_shapes, langevin, seed_of
+from common import UserError, augment, draw_shapes, seed_of
 
 DISCRIMINATOR = dict(layers="last", ebm_iters=4000)
 
@@ -180,39 +180,9 @@ def test_keep_adds_finished_runs_and_ebms_once(made, tmp_path, small):
         pictures.keep(file, made / "stopped")
 
 
-# --- Figures and pictures of a run and an EBM -------------------------------------------------
-
-@pytest.fixture
-def images(monkeypatch):
-    """Stand-ins for DIR's images (images, labels), of which nothing is compared with the run's."""
-    data = draw_shapes(60, seed=3)
-    monkeypatch.setattr(pictures, "load_images", lambda *_: data)
-    for name in ("check_config", "training_images", "data_checksum", "checksum"):
-        monkeypatch.setattr(pictures, name, lambda *_: None)
-    return data
-
-
-def test_along_a_chain(made, images, monkeypatch, capsys):
-    """Each row is of the images that `langevin` returned for it; the probe knows those of DIR."""
-    calls, ends, measured = [], [], []
-    monkeypatch.setattr(pictures, "langevin", lambda f, x, steps, *flags: (
-        calls.append((steps, *flags)) or ends.append(langevin(f, x, steps, *flags)) or ends[-1]))
-    monkeypatch.setattr(pictures, "extract_features", lambda encoder, x: x)
-    monkeypatch.setattr(pictures, "accuracies", lambda *data: measured.append(data) or "THESE")
-    pictures.chain(made / "simclr", made / "ebm.pt", "DIR")
-    x, labels = images
-    assert calls == [(steps, 10, 0.005) for steps in (0, 0, 0, 5, 10, 15)]
-    assert torch.equal(ends[0], x / 255) and not torch.equal(ends[1], ends[0])
-    lines = capsys.readouterr().out.splitlines()
-    for end, data, line in zip(ends, measured, lines, strict=True):
-        error = (end - x / 255).square().mean((1, 2, 3))
-        psnr = float(re.search("PSNR ([a-z0-9.]+)", line)[1])
-        assert psnr == pytest.approx((-10 * error.log10()).mean().item(), abs=0.06)
-        assert all(map(torch.equal, data, [x, labels, end, labels])) and line.endswith("THESE")
-
-
-def test_rows_of_images(made, images, tmp_path, monkeypatch):
+def test_rows_of_images(made, tmp_path, monkeypatch):
     """Their size and, of samples, which row of an EBM's picture they show."""
+    monkeypatch.setattr(pictures, "load_images", lambda *_: draw_shapes(60, seed=3))
     monkeypatch.setattr(pictures, "HERE", tmp_path)
     pictures.views(made / "ebm.pt", "DIR")
     assert Image.open(tmp_path / "views.png").size == (170 + 2 * 342, 2 * 240)

@@ -148,17 +148,6 @@ def test_smoke_is_a_preset_that_other_flags_override(monkeypatch):
         assert (common.SMOKE | changed).items() <= vars(byol_disc.parse()).items()
 
 
-@pytest.mark.parametrize("program", TRAINING)
-def test_every_path_may_begin_with_a_tilde(program, monkeypatch):
-    """Which no shell expands after a `=`."""
-    monkeypatch.setenv("HOME", "/tilde")
-    names = ["ebm", "data_dir", "run_dir", *["teacher"] * (program in DISC)]
-    flags = [f"--{name.replace('_', '-')}=~/a.pt" for name in names]
-    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
-    args = vars(program.parse())
-    assert {args[name] for name in names} == {"/tilde/a.pt"}
-
-
 @pytest.mark.parametrize("name, content", [
     ("config.json", b"[1]"), ("eval.json", b""), ("generated.pt", b"PK\3\4 cut")])
 def test_a_damaged_file_of_a_run_is_one_line(name, content, tmp_path):

@@ -51,46 +51,28 @@ def distance(a, b):
     return (of_a - of_b).abs().max().item()
 
 
-def ramps(n):
-    """n images whose red and green say where a pixel is: its column and row, from 0 to 1."""
-    place = torch.linspace(0, 1, 32)
-    image = torch.stack([place.expand(32, 32), place.expand(32, 32).T, torch.zeros(32, 32)])
-    return image.expand(n, 3, 32, 32)
-
-
 @pytest.fixture(scope="module")
 def drawn():
-    """What 5000 images draw, {name: (5000,)}: jitter as it is passed on, the rest as it is seen.
-
-    Away from its border a bicubic crop of a ramp is a ramp, which tells the crop to the pixel.
-    """
-    n, passed = 5000, []
+    """What 5000 images draw, {name: (5000,)}: what is passed on, and gray and flip as seen."""
+    n, jitters, crops = 5000, [], []
+    ramp = torch.stack([torch.linspace(0, 1, 32).expand(32, 32), *torch.zeros(2, 32, 32)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "color_jitter", lambda x, *now: passed.append(now) or x)
+        patch.setattr(common, "color_jitter", lambda x, *now: jitters.append(now) or x)
+        patch.setattr(common, "resampling", lambda *now, matrices=common.resampling: (
+            crops.append(now) or matrices(*now)))
         torch.manual_seed(0)
-        views = augment(ramps(n))
-    factors, shift, order, hue_place = passed[0]
-    gray = (views.amax(1) - views.amin(1)).amax((1, 2)) < 1e-4
-    row = {"jittered": (shift != 0).float(), "shift": shift, "hue place": hue_place.float(),
-           **{f"factor {i}": factors[:, i] for i in range(3)},
-           **{f"place of {i}": (order == i).float().argmax(1).float() for i in range(3)},
-           "gray": gray.float()}
-    for name, ramp, share in [("width", views[:, 0].mean(1), 0.2989),
-                              ("height", views[:, 1].mean(2), 0.587)]:
-        slope = (ramp[:, 23] - ramp[:, 8]) / 15 * torch.where(gray, 1 / share, 1)
-        row[name] = (slope.abs() * 31 * 32)
-        middle = (ramp[:, 15] + ramp[:, 16]) / 2 * 31 + 0.5             # in pixels
-        row[f"start {name}"] = middle - row[name] / 2
-        row["flip"] = row.get("flip", (slope < 0).float())
-        assert (slope > 0).all() or name == "width"                     # nothing stands on its head
-    for name in ("width", "height", "start width", "start height"):
-        value = row[name] if name in ("width", "height") else row[name][~gray]
-        assert (value - value.round()).abs().max() < 0.05               # whole pixels
-        row[name] = row[name].round()
-    return row
+        views = augment(ramp.expand(n, 3, 32, 32))
+    (factors, shift, order, hue_place), = jitters
+    ((tops, lefts), (heights, widths), *_), = crops
+    return {"jittered": (shift != 0).float(), "shift": shift, "hue place": hue_place.float(),
+            **{f"factor {i}": factors[:, i] for i in range(3)},
+            **{f"place of {i}": (order == i).float().argmax(1).float() for i in range(3)},
+            "gray": (views[:, 0] == views[:, 1]).all(2).all(1).float(),
+            "flip": (views[:, 0, 0, 0] > views[:, 0, 0, -1]).float(),
+            "top": tops, "left": lefts, "height": heights, "width": widths}
 
 
-def crops(top, left, height, width):
+def crop_features(top, left, height, width):
     """Functions of a crop, whose distributions tell its sides and place, jointly."""
     return {"width": width, "height": height, "area": width * height, "ratio": width / height,
             "left": left, "top": top, "right": left + width, "bottom": top + height,
@@ -99,14 +81,12 @@ def crops(top, left, height, width):
 
 
 def test_crops_are_drawn_as_torchvision_draws_them(drawn):
-    seen = drawn["gray"] == 0                                           # its place is seen
-    n = seen.sum().item()
-    ours = crops(*(drawn[name][seen] for name in ("start height", "start width", "height",
-                                                  "width")))
-    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 32, 32), [0.2, 1],
-                                                        [3 / 4, 4 / 3]) for _ in range(n)]).float()
-    square, theirs = crops(*theirs[:, [0, 0, 2, 2]].T), crops(*theirs.T)
-    limit = 1.95 * (2 / n) ** 0.5                       # exceeded once in a thousand, by chance
+    names, image = ["top", "left", "height", "width"], torch.empty(3, 32, 32)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3])
+                           for _ in drawn["top"]]).float()
+    ours = crop_features(*map(drawn.get, names))
+    square, theirs = crop_features(*theirs[:, [0, 0, 2, 2]].T), crop_features(*theirs.T)
+    limit = 1.95 * (2 / 5000) ** 0.5                    # exceeded once in a thousand, by chance
     for name in ours:
         assert distance(ours[name], theirs[name]) < limit, name
     assert ours["area"].max() == 32 * 32 and ours["area"].min() <= 208  # once in 350, in 65
@@ -115,9 +95,8 @@ def test_crops_are_drawn_as_torchvision_draws_them(drawn):
 
 
 def test_shares_and_ranges_are_the_base_codes(drawn):
-    n = len(drawn["gray"])
     for name, share in [("jittered", 0.8), ("gray", 0.1), ("flip", 0.5)]:
-        deviation = (share * (1 - share) / n) ** 0.5
+        deviation = (share * (1 - share) / 5000) ** 0.5
         assert drawn[name].mean().item() == pytest.approx(share, abs=4 * deviation), name
     jittered = drawn["jittered"] == 1
     for name, low, high in [*((f"factor {i}", 0.6, 1.4) for i in range(3)), ("shift", -0.1, 0.1)]:
@@ -126,25 +105,22 @@ def test_shares_and_ranges_are_the_base_codes(drawn):
         assert distance(values, uniform) < 0.035 < distance(values, 0.9 * uniform + 0.1 * high)
         assert drawn[name][~jittered].unique().tolist() == [low + (high - low) / 2]
     orders = sum((4 ** i) * drawn[f"place of {i}"] for i in range(3)) + 64 * drawn["hue place"]
-    shares = orders.unique(return_counts=True)[1] / n
+    shares = orders.unique(return_counts=True)[1] / 5000
     assert len(shares) == 24 and (shares - 1 / 24).abs().max() < 0.012  # four deviations
 
 
 def test_every_draw_is_independent_of_every_other(drawn):
     """Within an image, of the image before it, and of the same image half a batch away."""
-    names = list(drawn)
-    values = torch.stack([*drawn.values()]).double()                    # (draws, n)
-    values[[names.index("start width"), names.index("start height")]] = torch.stack(
-        [(drawn[f"start {name}"] + 0.5) / (33 - drawn[name]) - 0.5 for name in ("width", "height")]
-    ).double() * (1 - values[names.index("gray")])
+    within = {"left": (drawn["left"] + 0.5) / (33 - drawn["width"]) - 0.5,
+              "top": (drawn["top"] + 0.5) / (33 - drawn["height"]) - 0.5}
+    names, values = list(drawn), torch.stack([*(drawn | within).values()]).double()
     values = (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True)
-    n, limit = values.shape[1], 4.8                     # of thousands of pairs
     known = {("height", "width"), *((f"place of {i}", f"place of {j}")
                                     for i in range(3) for j in range(i + 1, 3))}
-    for roll in (0, 1, n // 2):
-        correlation = values @ values.roll(roll, 1).T / n ** 0.5
+    for roll in (0, 1, 2500):
+        correlation = values @ values.roll(roll, 1).T / 5000 ** 0.5
         far = {(a, b) for i, a in enumerate(names) for j, b in enumerate(names)
-               if correlation[i, j].abs() > limit and (roll or i != j)}
+               if correlation[i, j].abs() > 4.8 and (roll or i != j)}   # of thousands of pairs
         assert {tuple(sorted(pair)) for pair in far} == (set() if roll else known), roll
 
 

@@ -135,12 +135,6 @@ def test_an_ebm_step(objective, cuda):
     assert counted(step) == []
 
 
-def test_augmentation_and_sampler(cuda):
-    f, x = Discriminator(8).to("cuda"), torch.rand(4, 3, 32, 32, device="cuda")
-    assert counted(augment, images()) == counted(augment, x) == []
-    assert counted(langevin, f, x, 3, 10, 0.005) == []
-
-
 def test_evaluation_waits_once(cuda):
     """Each metric for the number of classes and for its result, however many batches; the probe
     copies the order of each of its epochs."""

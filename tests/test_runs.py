@@ -62,17 +62,6 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert out.count("epoch ") == 5 and "test accuracy: linear" in out
 
 
-def test_a_finished_run_says_so_and_stops(copied, command):
-    before = (copied / "run" / "log.jsonl").read_bytes()
-    status, out, _ = command("byol_disc", *FIVE, "--ebm", "gone.pt")
-    assert status == 0 and "is finished; test accuracy: linear" in out
-    assert not (copied / "gone.pt").exists()
-    assert (copied / "run" / "log.jsonl").read_bytes() == before
-    status, _, err = command("byol_disc", *FIVE, "--coeff", "0.2")
-    assert status == 2 and err.startswith("error: run: made with --coeff 0.1, not 0.2;")
-    assert "--run-dir" in err and err.count("\n") == 1
-
-
 def test_a_run_that_other_code_began_goes_on_and_keeps_both(copied, command):
     unfinish(copied / "run")
     config = json.loads((copied / "run" / "config.json").read_text())

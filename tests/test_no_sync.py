@@ -14,9 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import byol_disc
 import common
-from common import Discriminator, Encoder, augment, langevin, lr_factor, target_tau
+from common import Encoder, augment, lr_factor, target_tau
 from linear_eval import extract_features, knn_accuracy, linear_accuracy
 from test_methods import SCRIPTS, make
 
@@ -93,10 +92,11 @@ def labels(n):
     return torch.zeros(n, dtype=torch.int64, device="cuda")
 
 
-def steps(script, cuda, **flags):
-    """A function that makes the next step of the script's loop, its batch included."""
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_training_step(script, cuda):
+    """That of the script's loop, its batch included."""
     with unset_fake_temporarily():                      # deepcopy cannot copy fake parameters
-        model = make(script, **flags)
+        model = make(script, layers="all")
     model.to("cuda")
     optimizer = torch.optim.Adam(cuda(model.parameters()), lr=3e-3, weight_decay=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor("cosine", 100))
@@ -113,13 +113,6 @@ def steps(script, cuda, **flags):
         if hasattr(model, "update_target"):
             model.update_target(target_tau(0.99, schedule.last_epoch / 100))
         common.Run.log(run, loss=loss, **terms)
-    return step
-
-
-@pytest.mark.parametrize("script, flags", [
-    *((script, {}) for script in SCRIPTS), (byol_disc, {"layers": "all"})])
-def test_a_training_step(script, flags, cuda):
-    step = steps(script, cuda, **flags)
     step()                                              # copies the order of the epoch's batches
     assert counted(step) == []
 

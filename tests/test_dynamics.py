@@ -1,6 +1,7 @@
 """ADE: the dynamics against hand-made steps, its two losses by hand, and spectral norm."""
 import copy
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -23,18 +24,13 @@ def slope(q):
     return (CURVATURE * (CENTRE - q)).clamp(-0.01, 0.01)
 
 
-def two_steps(q0, p0, eps, slope=slope, seen=None):
+def two_steps(q0, p0, eps, slope=slope):
     """The dynamics for T = 2, a line each."""
-    g0 = slope(q0)
-    p = 0.5 * p0 + 0.5 * eps * g0
+    p = 0.5 * p0 + 0.5 * eps * slope(q0)
     q1 = torch.clamp(q0 + p, -1, 1)
-    g1 = slope(q1)
-    p = 0.5 * p + eps * g1
+    p = 0.5 * p + eps * slope(q1)
     q2 = torch.clamp(q1 + p, -1, 1)
-    g2 = slope(q2)
-    if seen is not None:
-        seen += [g0, g1, g2]
-    return q2, 0.5 * p + 0.5 * eps * g2
+    return q2, 0.5 * p + 0.5 * eps * slope(q2)
 
 
 def start():
@@ -44,40 +40,31 @@ def start():
     return q0[:, :, None, None], p0[:, :, None, None], eps[:, None, None]
 
 
-def test_it_follows_a_quadratic():
-    q0, p0, eps = start()
+def dynamics(q0, p0, eps):
     x, p = adversarial_dynamics(quadratic, (q0 + 1) / 2, p0, eps, steps=2)
-    q_t, p_t = two_steps(q0, p0, eps)
-    assert torch.allclose(2 * x - 1, q_t, atol=1e-12) and torch.allclose(p, p_t, atol=1e-12)
-    clipped = slope(q0).abs() == 0.01
-    assert q_t.abs().max() == 1 and clipped.any() and not clipped.all()
+    return 2 * x - 1, p
+
+
+def test_it_follows_a_quadratic():
+    for ours, by_hand in zip(dynamics(*start()), two_steps(*start())):
+        assert torch.allclose(ours, by_hand, atol=1e-12)
+    clipped = slope(start()[0]).abs() == 0.01
+    assert dynamics(*start())[0].abs().max() == 1 and clipped.any() and not clipped.all()
 
 
 def test_its_gradient_is_that_with_the_slopes_of_f_held():
-    """Against finite differences; those of f's slopes moving too, the control, differ."""
-    at, seen, h = start(), [], 1e-5
-    two_steps(*at, seen=seen)
-    inputs = [v.clone().requires_grad_() for v in at]
-    weights = torch.rand(2, *at[0].shape, dtype=torch.float64)
-    x, p = adversarial_dynamics(quadratic, (inputs[0] + 1) / 2, *inputs[1:], steps=2)
-    (weights[0] * (2 * x - 1) + weights[1] * p).sum().backward()
+    """With those of f's slopes moving too, the control, it differs."""
+    weights = torch.rand(2, 2, 3, 1, 1, dtype=torch.float64)
 
-    def value(inputs, held):
-        slopes = iter(seen)
-        q, p = two_steps(*inputs, slope=(lambda q: next(slopes)) if held else slope)
-        return (weights[0] * q + weights[1] * p).sum().item()
+    def gradient(dynamics):
+        inputs = [value.requires_grad_() for value in start()]
+        q, p = dynamics(*inputs)
+        return torch.autograd.grad((weights[0] * q + weights[1] * p).sum(), inputs)
 
-    for i, tensor in enumerate(inputs):
-        for held in (True, False):
-            expected = torch.empty_like(tensor)
-            for index in range(tensor.numel()):
-                ends = []
-                for sign in (1, -1):
-                    moved = [v.clone() for v in at]
-                    moved[i].view(-1)[index] += sign * h
-                    ends.append(value(moved, held))
-                expected.data.view(-1)[index] = (ends[0] - ends[1]) / (2 * h)
-            assert torch.allclose(tensor.grad, expected, atol=1e-8) == held
+    held = gradient(partial(two_steps, slope=lambda q: slope(q).detach()))
+    for ours, right, wrong in zip(gradient(dynamics), held, gradient(two_steps), strict=True):
+        assert torch.allclose(ours, right, atol=1e-12)
+        assert not torch.allclose(ours, wrong, atol=1e-4)
 
 
 def test_it_calls_f_once_more_than_its_thirty_steps_and_keeps_nothing_of_it():
@@ -148,11 +135,11 @@ def test_generator_and_eps_descend_energy_kinetic_energy_and_minus_entropy(tmp_p
     state, plain = ade(tmp_path)
     g, reference, seen, meters = state["g"], copy.deepcopy(state["g"]), [], {}
 
-    def dynamics(f, x, p, eps):                     # differentiable in all, of terms that show
+    def marked(f, x, p, eps):                     # differentiable in all, of terms that show
         seen.append((x.detach(), p, eps))
         return 0.9 * x + 0.001 * eps, x * eps + p
 
-    monkeypatch.setattr(common, "adversarial_dynamics", dynamics)
+    monkeypatch.setattr(common, "adversarial_dynamics", marked)
     torch.manual_seed(5)
     z, noise = torch.randn(8, 128), torch.randn(8, 3, 32, 32)
     mu = reference(z)

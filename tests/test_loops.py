@@ -72,7 +72,7 @@ def autocast(args):
 
 
 def train(script, args, images, f):
-    """The run written plainly: (method, optimizer, the means of each epoch).
+    """The run written plainly: (method, the means of each epoch).
 
     In fp16 the loss is scaled; where a gradient overflows, the scale is halved and the step left
     out.
@@ -110,7 +110,7 @@ def train(script, args, images, f):
                         target.data.lerp_(online_p.data, 1 - tau)
             rows.append({"loss": loss.item(), **{k: v.item() for k, v in terms.items()}})
         means.append({name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
-    return method, optimizer, means
+    return method, means
 
 
 def same(saved, method):
@@ -135,12 +135,10 @@ def test_a_run_is_a_plain_loop(script, flags, program):
     needs_ebm = args.coeff > 0 and "--view" not in flags
     assert needs_ebm == Path("ebm.pt").exists()
     f = load_ebm("ebm.pt", "cpu") if needs_ebm else None
-    method, optimizer, means = train(script, args, images, f)
+    method, means = train(script, args, images, f)
 
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     assert same(saved, method) and saved["done"] == 2
-    for ours, plain in zip(saved["optimizer"]["state"].values(), optimizer.state.values()):
-        assert torch.equal(ours["exp_avg"], plain["exp_avg"])
 
     _, start, *rows = map(json.loads, open("run/log.jsonl"))
     for i, (row, expected) in enumerate(zip(rows, means)):

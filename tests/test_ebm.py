@@ -170,27 +170,24 @@ def test_state_of_each_objective(objective, lr_d, lr_g, beta_2, tmp_path):
 @pytest.mark.parametrize("objective", ["gan", "ade"])
 def test_step_in_bf16_is_that_in_fp32_but_for_rounding(tmp_path, objective):
     """G's too: it is of D's new weights, not of those that autocast had cached."""
-    args = flags(tmp_path, "--ebm-objective", objective)
     x, method = draw_shapes(8, seed=3)[0] / 255, getattr(common, f"{objective}_step")
 
-    def weights_of(d):
-        return torch.cat([p.detach().flatten() for p in d.parameters()])
+    def weights_of(network):
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
 
-    def step(**autocast):
+    def step(bf16):
         torch.manual_seed(0)
-        state = common.ebm_networks(args)
+        state = common.ebm_networks(flags(tmp_path, "--ebm-objective", objective))
         networks = [state["d"], state["g"]]
-        for name, network in zip("dg", networks):
-            state[f"optimizer_{name}"] = sgd(network, 1.0)
+        state |= {"optimizer_d": sgd(state["d"], 1.0), "optimizer_g": sgd(state["g"], 1.0)}
         before = [weights_of(network) for network in networks]
-        with torch.autocast("cpu", torch.bfloat16, **autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             meters = method(x, 0.7, **state)
         assert {value.dtype for value in meters.values()} == {torch.float32}
         return [weights_of(network) - old for network, old in zip(networks, before)]
 
-    for share, rounded, exact, again in zip((0.1, 0.3), step(), step(enabled=False), step()):
+    for share, rounded, exact in zip((0.1, 0.3), step(True), step(False)):
         assert 0 < (rounded - exact).norm() < share * exact.norm()
-        assert torch.equal(again, rounded)
 
 
 def test_chains_go_on_where_they_were_but_for_a_few(monkeypatch):

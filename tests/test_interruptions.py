@@ -5,10 +5,8 @@ import signal
 import time
 from contextlib import contextmanager
 
-import pytest
 import torch
 
-import byol_disc
 import common
 from processes import killed_copies, run, start, wait
 
@@ -51,16 +49,6 @@ def test_a_loop_over_seeds_in_one_process_trains_every_seed(command, tmp_path, m
     assert first == (tmp_path / "0" / "checkpoint.pt").stat().st_mtime_ns
     weights = [torch.load(tmp_path / str(seed) / "checkpoint.pt")["model"] for seed in range(3)]
     assert not torch.equal(*(w["encoder.net.0.weight"] for w in weights[:2]))
-
-
-def test_a_notebook_may_run_a_stopped_cell_again(command, tmp_path, monkeypatch):
-    """It keeps the exception, and with it what the run held."""
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(byol_disc, "target_tau", lambda *_: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt) as kept:
-            command(*BASELINE, "--run-dir", "run")
-    assert command(*BASELINE, "--run-dir", "run")[0] == 0 and kept.value
 
 
 @contextmanager

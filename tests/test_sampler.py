@@ -39,13 +39,6 @@ def test_it_climbs_f_by_clamped_steps_and_stays_in_range():
     assert torch.equal(x, torch.full((2, 3), 0.5))                  # the argument stays as it is
 
 
-def test_noise_alone_and_no_step():
-    x = torch.full((50_000, 1), 0.5)
-    noisy = langevin(lambda x: x.sum(1), x, 4, 0.0, 0.02)
-    assert noisy.std().item() == pytest.approx(0.02 * 2, rel=0.02)      # four independent steps
-    assert torch.equal(langevin(lambda x: x.sum(1), x, 0, 10, 1.0), x)
-
-
 def test_f_is_untouched_and_the_sample_detached():
     f, start = Discriminator(8), torch.rand(2, 3, 32, 32)
     f.stages[0].insert(1, nn.BatchNorm2d(8))

@@ -1,4 +1,5 @@
 """Bad input, to all six programs: status 2, a line that names it, and no file lost or changed."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -122,16 +123,20 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(put, named, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "eval.json", "generated.pt"])
 def test_results_of_another_run_are_refused(name, tmp_path, monkeypatch, capsys):
-    """Also those of which nothing is known, as the config is missing."""
+    """Also those of which nothing is known, as the config is missing or somebody else's."""
     monkeypatch.chdir(tmp_path)
-    flags = [*FLAGS, "--coeff", "0", "--precision", "fp32", "--seed", "1", "--run-dir"]
-    for directory in ("unknown", "other"):
+    for directory, config, named in [
+            ("other", OTHER, "other: made with --seed 0, not 1; name another --run-dir"),
+            ("unknown", None, "unknown: made "),
+            ("foreign", {"learning": "my own"}, "foreign/config.json: not of this version")]:
         Path(directory).mkdir()
         Path(directory, name).write_text("results")
-    assert "unknown: made " in refused(byol_disc, [*flags, "unknown"], monkeypatch, capsys)
-    common.save(Path("other/config.json"), OTHER)
-    line = refused(byol_disc, [*flags, "other"], monkeypatch, capsys)
-    assert "other: made with --seed 0, not 1; name another --run-dir" in line
+        if config:
+            common.save(Path(directory, "config.json"), config)
+        flags = [*FLAGS, "--coeff", "0", "--precision", "fp32", "--seed", "1"]
+        line = refused(byol_disc, [*flags, "--run-dir", directory], monkeypatch, capsys)
+        assert named in line
+    assert json.loads(Path("foreign/config.json").read_text()) == {"learning": "my own"}
 
 
 def test_a_slip_of_the_code_shows_its_traceback():

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from common import Encoder, augment, lr_factor, target_tau
-from linear_eval import extract_features, knn_accuracy, linear_accuracy
+from common import augment, lr_factor, target_tau
 from test_methods import SCRIPTS, make
 
 pytestmark = pytest.mark.skipif(
@@ -88,10 +87,6 @@ def images(n=16):
     return torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
 
 
-def labels(n):
-    return torch.zeros(n, dtype=torch.int64, device="cuda")
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_training_step(script, cuda):
     """That of the script's loop, its batch included."""
@@ -126,20 +121,6 @@ def test_an_ebm_step(objective, cuda):
     step = partial(getattr(common, f"{objective}_step"), x, 1.0, **state)
     step()
     assert counted(step) == []
-
-
-def test_evaluation_waits_once(cuda):
-    """Each metric for the number of classes and for its result, however many batches; the probe
-    copies the order of each of its epochs."""
-    assert counted(extract_features, Encoder(8).to("cuda"), images(600)) == []
-    x = torch.rand(1200, 6, device="cuda")
-    for temperature in (None, 0.1):
-        knn = counted(knn_accuracy, x, labels(1200), x, labels(1200), 5, temperature)
-        assert knn == ["item", "item"]
-    for epochs in (2, 3):
-        cuda(())
-        probe = counted(linear_accuracy, x, labels(1200), x[:9], labels(9), epochs)
-        assert sorted(probe) == [*epochs * ["aten._to_copy.default"], "item", "item"]
 
 
 @pytest.mark.parametrize("fault, name", [

@@ -133,7 +133,7 @@ def test_discriminator_step_equals_its_formula(tmp_path, monkeypatch):
 
 def test_generator_and_eps_descend_energy_kinetic_energy_and_minus_entropy(tmp_path, monkeypatch):
     state, plain = ade(tmp_path)
-    g, reference, seen, meters = state["g"], copy.deepcopy(state["g"]), [], {}
+    g, reference, seen = state["g"], copy.deepcopy(state["g"]), []
 
     def marked(f, x, p, eps):                     # differentiable in all, of terms that show
         seen.append((x.detach(), p, eps))
@@ -165,11 +165,10 @@ def test_generator_and_eps_descend_energy_kinetic_energy_and_minus_entropy(tmp_p
              gradient(energy, 8 * kinetic, surprise)]
     assert torch.equal(g.eps, torch.full((3, 32, 32), 10.0))
     torch.manual_seed(5)
-    step = moved(g, lambda: meters.update(common.ade_step(
-        draw_shapes(8, seed=3)[0] / 255, 0, state["d"], sgd(state["d"], 0.0), g, sgd(g, 1.0))))
+    step = moved(g, lambda: common.ade_step(draw_shapes(8, seed=3)[0] / 255, 0, state["d"],
+                                            sgd(state["d"], 0.0), g, sgd(g, 1.0)))
     assert_step(step, expected, wrong, 2e-2, 1e-7)
     assert all(p.requires_grad for p in state["d"].parameters())
-    assert meters["kinetic"].item() == pytest.approx(kinetic.item(), rel=1e-2)
     (start, p_0, eps), = seen
     assert torch.allclose(start, x_0.detach(), atol=1e-6) and eps is g.eps and eps.requires_grad
     assert p_0.std().item() == pytest.approx(1e-4, rel=0.05)
@@ -183,7 +182,7 @@ def test_weights_are_normalised_once_a_step_in_fp32(tmp_path, monkeypatch):
         torch.is_autocast_enabled("cpu")) or once(self, weight))
     with torch.autocast("cpu", torch.bfloat16):
         common.ade_step(torch.rand(2, 3, 32, 32), 0, **copy.deepcopy(state))
-    assert autocasts == 12 * [False]                # 6 with D's step, 6 with G's; CUDA would in bf16
+    assert autocasts == 12 * [False]                # 6 with D's step, 6 with G's
     with common.spectral_weights(d):
         normed = [layer.weight for _, layer in f_layers(d)]
     baked = common.fix_spectral_norm(d)

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one, loss and gradient to 1e-5; what each rank does, and on what device."""
+"""Two gloo ranks against one, loss and gradient to 1e-5; what a rank does, and on what device."""
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace

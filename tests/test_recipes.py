@@ -34,7 +34,8 @@ def test_a_recipe_trains_evaluates_and_resumes(recipe, tmp_path):
             x, y = draw_shapes(60, seed=seed)
             np.savez(tmp_path / f"{split}.npz", x=x.permute(0, 2, 3, 1).numpy(), y=y.numpy())
 
-    assert run(script, whole, *flags, moment="run/log.jsonl", place=code) == 0, (whole / "err").read_text()
+    status = run(script, whole, *flags, moment="run/log.jsonl", place=code)
+    assert status == 0, (whole / "err").read_text()
     killed = killed_copies(whole)["run/log.new"]        # in the second epoch
     begun = torch.load(killed / "run" / "checkpoint.pt", weights_only=True)
     assert begun["done"] == 1

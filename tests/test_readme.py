@@ -2,6 +2,7 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,12 +22,20 @@ def commands():
             yield from unrolled(block)
 
 
-def unrolled(block):
+def unrolled(block, shell="bash"):
     """The commands that a block runs, as lists of words."""
     stand_ins = 'python() { echo python "$@"; }; git() { :; }; cd() { :; }; pip() { :; }\n'
-    out = subprocess.run(["bash", "-euc", stand_ins + block], cwd=ROOT, capture_output=True,
+    out = subprocess.run([shell, "-euc", stand_ins + block], cwd=ROOT, capture_output=True,
                          text=True, check=True).stdout
     return [shlex.split(line) for line in out.splitlines()]
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_the_loops_are_the_same_under_zsh():
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    loops = [block for block in blocks if "small=" in block]
+    assert loops and all(unrolled("setopt nonomatch\n" + loop, "zsh") == unrolled(loop)
+                         for loop in loops)
 
 
 def test_every_command_is_accepted(monkeypatch):

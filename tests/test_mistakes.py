@@ -154,7 +154,7 @@ def test_smoke_is_a_preset_that_other_flags_override(monkeypatch):
 
 
 def test_a_damaged_file_of_a_run_is_one_line(tmp_path):
-    for name, content in {"config.json": b"[1]", "eval.json": b"", "generated.pt": b"PK cut"}.items():
+    for name, content in [("config.json", b"[1]"), ("eval.json", b""), ("generated.pt", b"PK")]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}: damaged, or not written by this") as error:
             common.load(tmp_path / name, "images")

@@ -76,17 +76,17 @@ class BYOL(nn.Module):
 def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
-    parser.add_argument("--layers", choices=["last", "all"], default="last",
-                        help="discriminator features: of the last stage, or of all stages")
-    parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
-                        help="the discriminator sees a third augmented view, or the image itself")
-    parser.add_argument("--teacher",
-                        help="a control: directory of a run whose frozen encoder replaces the "
-                             "discriminator")
-    parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="initial EMA momentum of the target network; it rises to 1")
+    add = parser.add_argument
+    add("--coeff", type=number(float, 0), default=0.1,
+        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
+    add("--layers", choices=["last", "all"], default="last",
+        help="discriminator features: of the last stage, or of all stages")
+    add("--disc-input", choices=["augment", "image"], default="augment",
+        help="the discriminator sees a third augmented view, or the image itself")
+    add("--teacher",
+        help="a control: directory of a run whose frozen encoder replaces the discriminator")
+    add("--tau", type=number(float, 0, 1), default=0.99,
+        help="initial EMA momentum of the target network; it rises to 1")
     return parse_flags(parser)
 
 

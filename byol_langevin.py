@@ -22,10 +22,9 @@ from copy import deepcopy
 import torch
 import torch.nn as nn
 
-from common import (Encoder, Run, add_langevin_flags, augment, autocast, batch_statistics,
-                    byol_loss, distribute, ema_update, grad_scaler, graphed, langevin_view, launch,
-                    lr_factor, make_parser, mlp, number, parse_flags, target_tau, training_images,
-                    z_std)
+from common import (Encoder, Run, augment, autocast, batch_statistics, byol_loss, distribute,
+                    ema_update, grad_scaler, graphed, langevin_view, launch, lr_factor, make_parser,
+                    mlp, number, parse_flags, target_tau, training_images, z_std)
 from linear_eval import evaluate
 
 
@@ -73,11 +72,22 @@ class BYOL(nn.Module):
 def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--coeff", type=number(float, 0), default=0.01,
-                        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
-    add_langevin_flags(parser)
-    parser.add_argument("--tau", type=number(float, 0, 1), default=0.99,
-                        help="initial EMA momentum of the target network; it rises to 1")
+    add = parser.add_argument
+    add("--coeff", type=number(float, 0), default=0.01,
+        help="weight of the third view's loss; 0 = the BYOL baseline, no EBM")
+    add("--steps", type=number(int, 0), default=15, help="Langevin steps; 0 = the noisy start I_0")
+    add("--step-size", type=number(float, 0), default=10, help="factor of the gradient of f")
+    add("--noise-std", type=number(float, 0), default=1.0, help="noise, in units of --noise-unit")
+    add("--noise-unit", type=number(float, 0), default=0.005, help="a share of the pixel range")
+    add("--grad-clip", type=number(float, 0), default=0.01, help="largest entry of the gradient")
+    add("--alpha", type=number(float, 0, 1), default=0.6, help="share of the image in I_0")
+    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
+        help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
+             "generated once and added to the training set: an epoch has twice the steps")
+    add("--view", choices=["langevin", "augment"], default="langevin",
+        help="augment = a third augmented view in place of the sample: a control without an EBM")
+    add("--tau", type=number(float, 0, 1), default=0.99,
+        help="initial EMA momentum of the target network; it rises to 1")
     return parse_flags(parser)
 
 

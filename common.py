@@ -8,6 +8,7 @@ network, images are floats in [0, 1].
 """
 import argparse
 import ast
+import io
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from PIL import Image, ImageOps
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.models.resnet import BasicBlock
+from torchvision.transforms.functional import rgb_to_grayscale
 from torchvision.utils import make_grid, save_image
 
 # --- Flags that all scripts share ------------------------------------------------------------
@@ -49,8 +51,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -69,12 +70,9 @@ def make_parser(doc, file, training=True):
         help="download directory; for --dataset folder that of train/<class>/ and test/<class>/")
     add("--subset", type=number(int, 0), default=0,
         help="number of training images, 0 = all; the linear probe and kNN use all labelled ones")
-    add("--width", type=number(int, 8, 1024), default=64,
-        help="base channel width of all networks (ResNet-18 has 64)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="random seed of initialisation, batch order, augmentation and sampling")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="torch device: cpu, cuda, cuda:1")
+    add("--width", type=number(int, 8, 1024), default=64, help="base width (ResNet-18 has 64)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
         help="auto = bf16 if the device is fast in it, else fp32; fp16 is for GPUs without bf16")
     add("--graph", action="store_true",
@@ -106,28 +104,6 @@ def make_parser(doc, file, training=True):
     add("--eval-every", type=number(int, 0), default=0,
         help="epochs between two kNN evaluations in the log; 0 = only at the end")
     return parser
-
-
-def add_langevin_flags(parser):
-    """The flags of the Langevin scripts' third view."""
-    add = parser.add_argument
-    add("--steps", type=number(int, 0), default=15,
-        help="Langevin steps; 0 = the noisy start image I_0")
-    add("--step-size", type=number(float, 0), default=10,
-        help="Langevin step size, the factor of the gradient of f; 0 = noise only")
-    add("--noise-std", type=number(float, 0), default=1.0,
-        help="standard deviation of a step's noise, in units of --noise-unit")
-    add("--noise-unit", type=number(float, 0), default=0.005,
-        help="size of that unit, as a fraction of the pixel range")
-    add("--grad-clip", type=number(float, 0), default=0.01,
-        help="element-wise clipping of the gradient; larger lets each step go further")
-    add("--alpha", type=number(float, 0, 1), default=0.6,
-        help="I_0 = alpha * image + (1 - alpha) * uniform noise")
-    add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
-        help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
-             "generated once and added to the training set: an epoch has twice the steps")
-    add("--view", choices=["langevin", "augment"], default="langevin",
-        help="augment = a third augmented view in place of the sample: a control without an EBM")
 
 
 SMOKE = dict(dataset="synthetic", subset=2000, width=12, epochs=7, batch_size=32,
@@ -194,10 +170,7 @@ def launch(main):
 
 @lru_cache
 def load_images(dataset, data_dir, split):
-    """Load the "train" or "test" split of a data set.
-
-    Returns uint8 images (N, 3, 32, 32) and int64 labels (N,). UserError if they are not there.
-    """
+    """The "train" or "test" split of a data set: uint8 images (N, 3, 32, 32), int64 labels (N,)."""
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0) if split == "train" else draw_shapes(1000, seed=1)
     if dataset == "folder":
@@ -250,6 +223,7 @@ def read_image(path):
 
 def has_test(args):
     return args.dataset != "folder" or (Path(args.data_dir) / "test").exists()
+
 
 def draw_shapes(n, seed):
     """Synthetic data: noisy tilings of one of ten shapes, the label; all else varies at random.
@@ -315,7 +289,7 @@ def augment(x):
         x = color_jitter(x, (1 + jittered * (0.8 * factor - 0.4)).T,
                          jittered[0] * (0.2 * shift[0] - 0.1),
                          order.argsort(0).T, (4 * hue_place[0]).long())
-        x = torch.where((gray[0] < 0.1)[:, None, None, None], luminance(x), x)
+        x = torch.where((gray[0] < 0.1)[:, None, None, None], rgb_to_grayscale(x), x)
 
         # Ten tries per image, as in torchvision's RandomResizedCrop; the whole image if none fits.
         whole = torch.stack([x.new_full((1, b), side) for side in (height, width)])
@@ -340,7 +314,7 @@ def color_jitter(x, factors, shift, order, hue_place):
     them, all three run twice, before and after the hue, with factor 1 where they do not apply.
     """
     colours = torch.eye(3, device=x.device)
-    to_gray = luminance(colours[..., None, None]).view(1, 3).expand(3, 3)
+    to_gray = rgb_to_grayscale(colours[..., None, None]).view(1, 3).expand(3, 3)
     after_hue = torch.arange(3, device=x.device) >= hue_place[:, None]             # (B, 3)
     factor = factors.gather(1, order)
     factor = torch.cat([torch.where(after_hue, 1, factor), torch.where(after_hue, factor, 1)], 1)
@@ -353,12 +327,6 @@ def color_jitter(x, factors, shift, order, hue_place):
         mean = c[:, place] @ pixels.mean(2, keepdim=True)
         x = torch.baddbmm(mean, a[:, place], pixels).clamp_(0, 1).view_as(x)
     return x
-
-
-def luminance(x):
-    """Gray values of x (B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights."""
-    r, g, b = x.split(1, dim=1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def shift_hue(x, shift):
@@ -439,8 +407,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        w = width
-        self.dims = {"last": 8 * w, "all": 20 * w}
+        w, self.dims = width, {"last": 8 * width, "all": 20 * width}
         self.stages = nn.ModuleList([nn.Sequential(*conv(3, w), *conv(w, 2 * w)),
                                      nn.Sequential(*conv(2 * w, 2 * w), *conv(2 * w, 4 * w)),
                                      nn.Sequential(*conv(4 * w, 4 * w))])
@@ -583,9 +550,8 @@ def at_least_fp32(x):
 def nt_xent(z1, z2, temperature=0.5):
     """SimCLR's loss (arXiv:2002.05709, eq. 1) of the 2B views z1, z2 of B images, (B, D) each.
 
-    Each view has to find the other view of its image among 2B - 1 candidates, by cosine similarity.
-    With several ranks the candidates come from all of them, with gradient, and B is the sum.
-    All-equal similarities give log(2B - 1).
+    Each view has to find its image's other view among 2B - 1 candidates, by cosine similarity; they
+    come from all ranks, with gradient. All-equal similarities give log(2B - 1).
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = F.normalize(at_least_fp32(z1)), F.normalize(at_least_fp32(z2))
@@ -648,8 +614,8 @@ def prepare_device(args):
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).split("\n")[0]
-        raise UserError(f"--device {args.device}: cannot be used ({first_line})") from error
+        cause = str(error).split("\n")[0]
+        raise UserError(f"--device {args.device}: cannot be used ({cause})") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: use cpu or cuda; on mps, BatchNorm of "
                         "channels_last images has wrong gradients (pytorch#175189)")
@@ -669,8 +635,6 @@ def resolve_precision(args):
     """
     if args.device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        if args.precision == "bf16" and not native:
-            raise UserError("--precision bf16: this GPU has no bf16; use fp16 or fp32")
         if args.precision == "auto" and not native:
             show("this GPU has no bf16, so auto is fp32; --precision fp16 may be much faster")
     else:
@@ -754,34 +718,35 @@ def graphed(step, args):
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file",
                 "defaults", "code"}
 EBM_FLAGS = {"ebm_iters", "ebm_objective", "ebm_rotation"}
+DISC_FLAGS = {"layers", "disc_input", "teacher"}
 STEP_FLAGS = {"step_size", "noise_std", "noise_unit", "grad_clip"}
-CHAIN_FLAGS = {"steps", "alpha", *STEP_FLAGS}
+CHAIN_FLAGS = {"steps", "alpha", "view", *STEP_FLAGS}
+WITHOUT_EFFECT = [                                        # values of flags, and what they disable
+    (dict(use="dataset"), {"coeff"}),
+    (dict(use="auxiliary", coeff=0), EBM_FLAGS | DISC_FLAGS | CHAIN_FLAGS),
+    (dict(view="augment"), EBM_FLAGS | CHAIN_FLAGS - {"view"}),
+    (dict(steps=0), EBM_FLAGS | STEP_FLAGS),
+    (dict(step_size=0), EBM_FLAGS | {"grad_clip"}),
+    (dict(grad_clip=0), EBM_FLAGS | {"step_size"}),
+    (dict(noise_std=0), {"noise_unit"}),
+    (dict(noise_unit=0), {"noise_std"}),
+    (dict(ebm_iters=0), {"ebm_rotation"}),
+    (dict(ebm_iters=0, ebm_objective="gan"), {"ebm_objective"}),
+    (dict(ebm_iters=0, ebm_objective="cd"), {"ebm_objective"})]
 
 
 def without_effect(args):
     """Names of the flags that change nothing, given the values of the others.
 
-    A flag of one's own that is named like one of these is not among them.
+    A flag of one's own that is named like one of another script is not among them.
     """
-    flags = vars(args)
-    langevin, disc = "use" in flags, "disc_input" in flags or "version" in flags   # older results
-    is_data, iters = flags.get("use") == "dataset", flags.get("ebm_iters", 1)
-    baseline = flags.get("coeff", 1) == 0 and not is_data
-    no_chain = langevin and (baseline or flags.get("view") == "augment")
-    cases = [(is_data, {"coeff"}),
-             (baseline, EBM_FLAGS),
-             (baseline and langevin, {"view"}),
-             (baseline and disc, {"layers", "disc_input", "teacher"}),
-             (disc and flags.get("teacher"), EBM_FLAGS | {"layers"}),
-             (no_chain, EBM_FLAGS | CHAIN_FLAGS),
-             (langevin and flags.get("steps", 1) == 0, EBM_FLAGS | STEP_FLAGS),
-             (langevin and flags.get("step_size", 1) == 0, EBM_FLAGS | {"grad_clip"}),
-             (langevin and flags.get("grad_clip", 1) == 0, EBM_FLAGS | {"step_size"}),
-             (langevin and flags.get("noise_std", 1) == 0, {"noise_unit"}),
-             (langevin and flags.get("noise_unit", 1) == 0, {"noise_std"}),
-             (iters == 0, {"ebm_rotation"}),
-             (iters == 0 and flags.get("ebm_objective") != "ade", {"ebm_objective"})]
-    return set().union(*(names for holds, names in cases if holds))
+    flags = {"use": "auxiliary", **vars(args)}
+    foreign = DISC_FLAGS if "use" in vars(args) else CHAIN_FLAGS
+    cases = [names for values, names in WITHOUT_EFFECT
+             if values.items() <= flags.items() and not values.keys() & foreign]
+    if "teacher" not in foreign and flags.get("teacher"):
+        cases.append(EBM_FLAGS | {"layers"})
+    return set().union(*cases) - foreign
 
 
 def parse_flags(parser, argv=None):
@@ -806,9 +771,9 @@ def parse_flags(parser, argv=None):
     if ignored:
         show(f"without effect, given the other flags: {', '.join(sorted(ignored))}")
     if "epochs" in args and "run_dir" not in args:
-        parts = [f"{flag}={value}" for flag, value in changed.items() if flag not in ignored]
-        parts = [args.script, *(["smoke"] if args.smoke else []), *parts]
-        args.run_dir = "runs/" + "-".join(parts).replace("/", "_")
+        parts = [f"-{flag}={value}" for flag, value in changed.items() if flag not in ignored]
+        name = args.script + "-smoke" * args.smoke + "".join(parts)
+        args.run_dir = f"runs/{name.replace('/', '_')}"
     if "ebm" not in args:
         parts = ["ebm", args.dataset, args.subset or "all", f"width={args.width}",
                  args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation}",
@@ -825,43 +790,34 @@ def ebm_precision(args):
 
 
 def source_files(script):
-    """Paths of a script, of common.py, and of the modules beside them that they import.
-
-    linear_eval.py is left out, as eval.json says itself by which code it was measured.
-    """
-    root, files = Path(script).resolve().parent, [Path(script).resolve()]
-    if Path(__file__).resolve() not in files:
-        files.append(Path(__file__).resolve())
+    """Paths of a script, of common.py, and of the modules and packages beside them that they use;
+    not of linear_eval.py, as eval.json says itself by which code it was measured."""
+    files = list(dict.fromkeys([Path(script).resolve(), Path(__file__).resolve()]))
+    folders = {file.parent for file in files}
     for file in files:                                    # grows meanwhile
         for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                continue
-            package = getattr(node, "module", None) or ""
-            names = [f"{package}.{alias.name}".strip(".").split(".") for alias in node.names]
-            places = [folder.joinpath(*name[:depth + 1]) for name in names
-                      for depth in range(len(name)) for folder in (root, file.parent)]
-            modules = [place.with_suffix(".py") for place in places]
-            for module in modules + [place / "__init__.py" for place in places]:
-                if module.exists() and module not in files and module.stem != "linear_eval":
-                    files.append(module)
-    return sorted(files, key=lambda file: file.name)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [getattr(node, "module", None) or alias.name for alias in node.names]
+                for name in {module.split(".")[0] for module in modules} - {"linear_eval"}:
+                    files += [found for folder in folders
+                              for found in [folder / f"{name}.py", *(folder / name).rglob("*.py")]
+                              if found.exists() and found not in files]
+    return files
 
 
 def code_checksum(files):
-    """Checksum of Python files that comments, docstrings, layout and Python's version do not
-    change."""
-    def plain(node):
-        if isinstance(node, list):
+    """Checksum of Python files, blind to comments, docstrings, layout and Python's version."""
+    def plain(x):
+        if isinstance(x, list):
             docstring = lambda x: isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
-            return [plain(part) for part in node if not docstring(part)]
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        fields = [[name, plain(value)] for name, value in ast.iter_fields(node)
-                  if value is not None and value != []]
-        return [type(node).__name__, *fields]
+            return [plain(part) for part in x if not docstring(part)]
+        if isinstance(x, ast.AST):
+            return [type(x).__name__, *([name, plain(value)] for name, value in ast.iter_fields(x)
+                                        if value is not None and value != [])]
+        return repr(x)
 
-    trees = [plain(ast.parse(file.read_text())) for file in files]
-    return f"{zlib.crc32(json.dumps(trees).encode()):08x}"
+    trees = sorted(json.dumps(plain(ast.parse(file.read_text()))) for file in files)
+    return f"{zlib.crc32(''.join(trees).encode()):08x}"
 
 
 def checksum(*tensors):
@@ -896,9 +852,16 @@ def check_config(path, saved, wanted):
     for key in sorted((before.keys() & now.keys()) - NOT_IDENTITY):
         if before[key] != now[key]:
             flag = f"--{key.replace('_', '-')} {before[key]}, not {now[key]}"
-            made = DESCRIPTION.get(key, flag)
-            raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
-                            "its own settings")
+            raise UserError(f"{path}: made with {DESCRIPTION.get(key, flag)}; name another "
+                            "--run-dir or --ebm, or repeat its own settings")
+
+
+def check_code(path, made_by, code):
+    """Whether the code that made what is at `path` is today's; if not, a line says so."""
+    if made_by != code:
+        show(f"{path}: made by other code ({made_by}, kept in source-*) than today's ({code}); for "
+             "results of today's alone, name another --run-dir or --ebm")
+    return made_by == code
 
 
 # --- Files: what training leaves in its directory, and how it resumes ------------------------
@@ -923,15 +886,12 @@ def save(path, content):
 
 def load(path, *keys):
     """Read a .json or .pt file; UserError if it is damaged, or is no dict with these keys."""
+    file = io.BytesIO(path.read_bytes())
     try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = (json.load(file) if path.suffix == ".json" else
+                   torch.load(file, map_location="cpu", weights_only=True))
         for key in keys:
             content[key]
-    except OSError:
-        raise
     except Exception as error:                            # torch and json raise many kinds
         cause = f"{type(error).__name__}: {error}".split("\n")[0]
         raise UserError(f"{path}: damaged, or not written by this code ({cause}); name another, "
@@ -964,55 +924,30 @@ def provenance():
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def lock_directory(directory, wait=False):
-    """Make and lock a directory; the context returned releases it. If another process has it,
-    wait, or raise UserError."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", is_singleton=True)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise UserError(f"{directory}: another process is using this run; name another "
-                            "--run-dir") from None
-    show(f"{directory}: waiting for another process that is training this EBM")
-    return lock.acquire()
-
-
 def describe(result):
     """The accuracies (%) in an eval.json as a line."""
-    texts = []
-    for metric, untrained in result["untrained"].items():
-        value = result[metric]
-        texts.append(f"{metric} -" if value is None else
-                     f"{metric} {value:.2f} % (untrained {untrained:.2f})")
-    return f"test accuracy: {', '.join(texts)}"
+    return "test accuracy: " + ", ".join(
+        f"{metric} -" if result[metric] is None else
+        f"{metric} {result[metric]:.2f} % (untrained {untrained:.2f})"
+        for metric, untrained in result["untrained"].items())
 
 
 def claim(directory, config, script):
     """Make `directory` the one of this config, and copy the script and what it imports into it.
 
-    Returns what config.json then holds: the config, and the checksum of that code. UserError if
-    there are results of other settings in the directory. If other code made them, a line says so;
-    a run that is not finished is resumed, and its config has both checksums.
+    Returns what config.json then holds: the config, and the checksum of that code; of both codes,
+    if other code began it. UserError if there are results of other settings in the directory.
     """
-    path, files = directory / "config.json", source_files(script)
-    code, result = code_checksum(files), directory / "eval.json"
-    saved = load(path) if path.exists() else {"code": "unknown"}
-    if "code" not in saved:
-        raise UserError(f"{path}: not of this version of this project; name another --run-dir")
+    path, result, files = directory / "config.json", directory / "eval.json", source_files(script)
+    code, saved = code_checksum(files), load(path, "code") if path.exists() else {"code": "unknown"}
     if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
-        other = f"other code ({saved['code']}, kept as source-* in it) than today's ({code})"
+        same = check_code(directory, saved["code"], code)
         if result.exists():
-            show(f"{directory} is finished; {describe(load(result, 'untrained'))}"
-                 if saved["code"] == code else
-                 f"{directory} is finished, made by {other}. To run today's, name another "
-                 f"--run-dir; for its accuracies: python linear_eval.py {directory}")
+            show(f"{directory} is finished; " + (
+                describe(load(result, "untrained")) if same else
+                f"for its accuracies: python linear_eval.py {directory}"))
             return saved
-        if saved["code"] != code:
-            show(f"{directory}: begun by {other}, which resumes it; to run all of it by today's, "
-                 "name another --run-dir or --ebm")
         code = saved["code"] if saved["code"].endswith(code) else f"{saved['code']}+{code}"
         config = {**saved, **config}                      # saved has the checksum f, too
     config["code"] = code
@@ -1027,11 +962,11 @@ def claim(directory, config, script):
 
 
 class Progress:
-    """How far training is: its log and its checkpoint, in a directory.
+    """The log and the checkpoint of a training, in a directory.
 
-    `state` is {name: object with a state_dict}, which is restored from the checkpoint. `total` is
-    the number of epochs, or of iterations of an EBM. A checkpoint is written at the end, and when
-    a round ends a minute or more after the last one. Work after it is repeated, with equal results.
+    `state`, {name: object with a state_dict}, is restored from the checkpoint. `total` counts the
+    epochs, or an EBM's iterations. A checkpoint is written at the end, and when a round ends a
+    minute or more after the last one. Work after it is repeated, with equal results.
     """
 
     def __init__(self, directory, counter, total, state):
@@ -1243,10 +1178,8 @@ def standardise_features(d, images, args, view=augment):
 def ebm_samples(images, d, g=None, replay=None, **optimizers):
     """(96, 3, 32, 32): training images, samples, and these after 15 Langevin steps."""
     x = images[:32] / 255
-    if g:
-        x_0 = g.eval()(torch.randn(len(x), g.z_dim, device=x.device))
-    else:
-        x_0 = replay.images[:len(x)].float()
+    x_0 = (g.eval()(torch.randn(len(x), g.z_dim, device=x.device)) if g
+           else replay.images[:len(x)].float())
     return torch.cat([x, x_0, langevin(d, x_0, steps=15, **EBM_LANGEVIN)])
 
 
@@ -1308,14 +1241,13 @@ def train_ebm(images, args):
     config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
     code = code_checksum(source_files(__file__))          # before hours in which it may be edited
     if rank() == 0 and not path.exists():
-        with lock_directory(directory, wait=True):
+        show(f"{directory}: training the EBM, or waiting for the process that does")
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / ".lock"):
             if not path.exists():                         # another process may have made it
                 make_ebm(path, config, images, args)
     barrier()
-    made_by = load(path, "config")["config"].get("code")
-    if made_by != code:
-        show(f"{path}: made by other code ({made_by}, see source-* in {directory}) than today's "
-             f"common.py ({code}); to train it anew, name another --ebm")
+    check_code(path, load(path, "config")["config"].get("code"), code)
     return load_ebm(path, args.device, config)
 
 
@@ -1342,38 +1274,35 @@ def load_encoder(directory):
                if name.startswith("encoder.")}
     load_weights(encoder, weights, directory / "checkpoint.pt")
     script = Path(__file__).with_name(f"{config['script']}.py")
-    if not script.exists() or code_checksum(source_files(script)) != config.get("code"):
-        show(f"{directory}: made by other code ({config.get('code')}, kept as source-* in it) than "
-             "the Encoder that reads it now")
+    check_code(directory, config.get("code"),
+               code_checksum(source_files(script)) if script.exists() else None)
     return encoder, saved, config
 
 
 def teacher_kind(args):
-    """What --teacher is, whatever its path: its settings that are neither default nor the
-    student's; its seed as a difference to the student's, where 0 means equal initial weights."""
+    """What --teacher is, whatever its path: its settings that are neither usual nor the student's,
+    and its seed as a difference, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
-    kind, seed = f"{teacher['script']} of {teacher['epochs']} epochs", teacher["seed"] - args.seed
-    usual = teacher.get("defaults", {}) | {"coeff": 0, "seed": teacher["seed"],
-                                           "epochs": teacher["epochs"]}
-    for flag, value in teacher.items():
-        if flag in usual and value not in (usual[flag], vars(args).get(flag)):
-            kind += f", {flag} {value}"
-    return kind + (f", seed {seed:+d}" if seed else "")
+    usual = {**teacher.get("defaults", {}), "coeff": 0}
+    own = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual.keys() - {
+        "epochs", "seed"} and value not in (usual[flag], vars(args).get(flag))]
+    difference = teacher["seed"] - args.seed
+    return (f"{teacher['script']} of {teacher['epochs']} epochs{''.join(own)}"
+            + (f", seed {difference:+d}" if difference else ""))
 
 
 class Run:
     """A script's training on images (N, 3, H, W), uint8, and its results in eval.json.
 
-    `evaluate` is that of linear_eval.py, which imports this file. If the run is finished already,
-    its accuracies are shown and `finished` is true.
+    `evaluate` is that of linear_eval.py, which imports this file. `finished`: it has its results.
     """
 
     def __init__(self, args, images, evaluate):
         self.args, self.evaluate, self.path, self.frozen = args, evaluate, Path(args.run_dir), []
         ranks, size = world_size(), args.batch_size
         if size % ranks or not 2 * ranks <= size <= len(images):
-            raise UserError(f"--batch-size {size}: has to be a multiple of the {ranks} processes, "
-                            f"at least 2 each, at most the {len(images)} training images")
+            raise UserError(f"--batch-size {size}: not 2 or more for each of {ranks} processes, or "
+                            f"over the {len(images)} training images")
         unused = without_effect(args) | {"file"}
         self.config = {flag: value for flag, value in vars(args).items() if flag not in unused}
         self.config |= {"images": checksum(images), "data": data_checksum(args), "ranks": ranks}
@@ -1381,7 +1310,12 @@ class Run:
             self.config["teacher"] = teacher_kind(args)
         self.config = json.loads(json.dumps(self.config, default=str))   # as config.json has it
         if rank() == 0:
-            self.lock = lock_directory(self.path).lock
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock", is_singleton=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(f"{self.path}: another process is using this run") from error
             self.config = claim(self.path, self.config, args.file)
         self.finished = (self.path / "eval.json").exists()
         if not self.finished:
@@ -1406,8 +1340,8 @@ class Run:
     def get_discriminator(self, images):
         """The frozen discriminator of the EBM, trained first if missing, or the encoder of
         --teacher; None if no flag needs one."""
-        args, sees_image = copy(self.args), getattr(self.args, "disc_input", "") == "image"
-        if self.config.get("teacher"):
+        args, teacher = copy(self.args), self.config.get("teacher")
+        if teacher:
             encoder, saved, made = load_encoder(Path(args.teacher))
             if saved["done"] < made["epochs"]:
                 raise UserError(f"--teacher {args.teacher}: its training is not finished")
@@ -1419,7 +1353,8 @@ class Run:
             made = load(Path(args.ebm), "config")["config"]
         self.config |= {"f_code": made.get("code"), "f_precision": made.get("precision")}
         f = checksum(discriminator)                       # before its scale, which may round anew
-        if sees_image or self.config.get("teacher"):
+        sees_image = getattr(args, "disc_input", "") == "image"
+        if sees_image or teacher:
             view = (lambda x: x / 255) if sees_image else augment
             standardise_features(discriminator, images, args, view)
         return self.freeze(discriminator, f)
@@ -1427,11 +1362,11 @@ class Run:
     def epochs(self, **state):
         """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule.
 
-        The model's encoder is evaluated before its first step. UserError if a loss or a weight is
-        not finite, or if the frozen network changed.
+        The encoder is evaluated before its first step, too. UserError if a loss or a weight is not
+        finite, or if the frozen network changed.
         """
         args, self.model, self.noted = self.args, state["model"], False
-        self.kept = [checksum(network) for network in self.frozen]
+        kept = [checksum(network) for network in self.frozen]
         progress = Progress(self.path, "epoch", args.epochs, state)
         if not progress.resumed:
             show("evaluating the untrained encoder", passing=True)
@@ -1446,7 +1381,13 @@ class Run:
             yield epoch
             row = means(self.steps, world_size())
             seconds = time.monotonic() - began
-            self.check_training(epoch, row)
+            finite = all(p.isfinite().all() for p in self.model.parameters())
+            if not (finite and math.isfinite(sum(row.values()))):
+                raise UserError(f"--lr {args.lr}: the loss or a weight is not finite after epoch "
+                                f"{epoch}, {row}; try a smaller one with another --run-dir")
+            if [checksum(network) for network in self.frozen] != kept:
+                raise UserError("the network that was to stay frozen has changed: is it updated, "
+                                "or in training mode?")
             speed = len(self.steps) * args.batch_size / seconds
             row |= {"seconds": round(seconds, 3), "lr": lr, "images_per_s": round(speed, 1)}
             if rank() == 0 and args.eval_every and epoch % args.eval_every == 0:
@@ -1454,23 +1395,11 @@ class Run:
             progress.end_round(epoch, row, f"loss {row['loss']:.4f}  z_std {row['z_std']:.2f}  "
                                            f"{speed:.0f} images/s")
 
-    def check_training(self, epoch, row):
-        """UserError if the epoch's means or the weights are not finite, or the frozen network is
-        not what it was."""
-        finite = all(p.isfinite().all() for p in self.model.parameters())
-        if not (finite and math.isfinite(sum(row.values()))):
-            raise UserError(f"--lr {self.args.lr}: the loss or a weight is not finite after epoch "
-                            f"{epoch}, {row}; try a smaller one with another --run-dir")
-        if [checksum(network) for network in self.frozen] != self.kept:
-            raise UserError("the network that was to stay frozen has changed: is it updated, or in "
-                            "training mode?")
-
     def batches(self, images, epoch):
         """Yield this rank's share, (batch size / ranks, 3, H, W), of each full batch of images."""
-        size, shuffled = self.args.batch_size, torch.Generator()
-        shuffled.manual_seed(seed_of(self.args.seed, epoch))
+        shuffled = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
         order = torch.randperm(len(images), generator=shuffled).to(images.device)
-        per_epoch = len(images) // size
+        size, per_epoch = self.args.batch_size, len(images) // self.args.batch_size
         for step, batch in enumerate(order.split(size)[:per_epoch]):
             show(f"epoch {epoch}: step {step}/{per_epoch}", passing=True)
             yield images[batch.chunk(world_size())[rank()]]

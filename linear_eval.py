@@ -133,23 +133,25 @@ evaluate.code = code_checksum([Path(__file__)])           # at import, as the fi
 
 
 def make_args(config, flags):
-    """The flags of a run or an EBM, with the device and the data of the command line."""
-    return argparse.Namespace(**{**config, "device": flags.device,
-                                 "dataset": flags.dataset or config["dataset"],
-                                 "data_dir": flags.data_dir or (
-                                     "data" if flags.dataset else config["data_dir"])})
+    """The flags of a run or an EBM with the device and the data of the command line; for the row's
+    label, {"measured_on": data} if they are not the run's own."""
+    dataset, own = flags.dataset or config["dataset"], not (flags.data_dir or flags.dataset)
+    data_dir = flags.data_dir or ("data" if flags.dataset else config["data_dir"])
+    args = argparse.Namespace(**{**config, "device": flags.device, "dataset": dataset,
+                                 "data_dir": data_dir})
+    return args, {} if own else {"measured_on": data_dir if dataset == "folder" else dataset}
 
 
 def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: those in its eval.json, or those of its last checkpoint."""
     config = {**load(path / "config.json", "script", "epochs", "seed"), "run_dir": str(path)}
-    own_data = not (flags.data_dir or flags.dataset)
-    if own_data and flags.split == "test" and (path / "eval.json").exists():
+    args, measured_on = make_args(config, flags)
+    if not measured_on and flags.split == "test" and (path / "eval.json").exists():
         result = load(path / "eval.json", *METRICS)
         if result.get("evaluation") != evaluate.code:
             show(f"{path}: measured by another linear_eval.py; with --data-dir it is measured anew")
         return [(config, result)]
-    args, (encoder, saved, _) = make_args(config, flags), load_encoder(path)
+    encoder, saved, _ = load_encoder(path)
     show(f"evaluating {path}, epoch {saved['done']}", passing=True)
     if saved["done"] < config["epochs"]:
         config["epochs"] = f"{saved['done']} of {config['epochs']}"
@@ -157,21 +159,14 @@ def evaluate_run(path, flags):
     untrained = saved["log"][1]
     if result and all(untrained.get(key) == result[key] for key in ("data", "split", "evaluation")):
         result["untrained"] = untrained
-    return [(config | measured_on(args, flags), result)]
-
-
-def measured_on(args, flags):
-    """The data that a row was measured on, for its label, if they are not the run's own."""
-    if not (flags.data_dir or flags.dataset):
-        return {}
-    return {"measured_on": args.data_dir if args.dataset == "folder" else args.dataset}
+    return [(config | measured_on, result)]
 
 
 def evaluate_ebm(path, flags):
     """[(config, accuracies)] of an EBM's discriminator, for its last stage and for all stages; with
     --untrained, of an untrained one too."""
     config = {**load(path, "config", "d")["config"], "script": "ebm", "run_dir": str(path)}
-    args, rows = make_args(config, flags), []
+    (args, measured_on), rows = make_args(config, flags), []
     networks = {args.ebm_iters: load_ebm(path, args.device)}
     if flags.untrained and args.ebm_iters:
         torch.manual_seed(seed_of(args.seed))
@@ -185,8 +180,7 @@ def evaluate_ebm(path, flags):
             show(f"evaluating {path}, {iters} iterations, {layers}", passing=True)
             encode = partial(network.features, layers=layers)
             result = evaluate(network, args, encode, split=flags.split)
-            made = {**config, "ebm_iters": iters, "layers": layers, **measured_on(args, flags)}
-            rows.append((made, result))
+            rows.append(({**config, "ebm_iters": iters, "layers": layers, **measured_on}, result))
     return rows
 
 

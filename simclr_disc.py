@@ -61,17 +61,17 @@ class SimCLR(nn.Module):
 def parse():
     parser = make_parser(__doc__, __file__)
     parser.set_defaults(batch_size=512)
-    parser.add_argument("--coeff", type=number(float, 0), default=0.1,
-                        help="weight of the third view's loss; 0 = the SimCLR baseline, no EBM")
-    parser.add_argument("--layers", choices=["last", "all"], default="last",
-                        help="discriminator features: of the last stage, or of all stages")
-    parser.add_argument("--disc-input", choices=["augment", "image"], default="augment",
-                        help="the discriminator sees a third augmented view, or the image itself")
-    parser.add_argument("--teacher",
-                        help="a control: directory of a run whose frozen encoder replaces the "
-                             "discriminator")
-    parser.add_argument("--temperature", type=number(float, 1e-3), default=0.5,
-                        help="of NT-Xent; smaller puts more weight on hard negatives")
+    add = parser.add_argument
+    add("--coeff", type=number(float, 0), default=0.1,
+        help="weight of the third view's loss; 0 = the SimCLR baseline, no EBM")
+    add("--layers", choices=["last", "all"], default="last",
+        help="discriminator features: of the last stage, or of all stages")
+    add("--disc-input", choices=["augment", "image"], default="augment",
+        help="the discriminator sees a third augmented view, or the image itself")
+    add("--teacher",
+        help="a control: directory of a run whose frozen encoder replaces the discriminator")
+    add("--temperature", type=number(float, 1e-3), default=0.5,
+        help="of NT-Xent; smaller puts more weight on hard negatives")
     return parse_flags(parser)
 
 

@@ -455,7 +455,7 @@ class Generator(nn.Module):
 
 
 class NoisyGenerator(Generator):
-    """ADE's generator: start(z) -> x_0 = mu(z) + sigma(z) N(0, 1), and log sigma(z).
+    """ADE's generator: start(z) -> x_0 = mu(z) + sigma(z) / 2 * N(0, 1), and log sigma(z).
 
     Both are (B, 3, 32, 32). mu in [0, 1] and sigma, up to 1e-3 in units of [-1, 1], are branches
     from one 4x4 map. `eps` is the step size of `adversarial_dynamics`, which is learned, too.
@@ -576,11 +576,8 @@ def z_std(z):
 
 
 def lr_factor(schedule, total_steps):
-    """The function step -> factor of the learning rate, for `total_steps` optimiser steps.
-
-    Linear warm-up over 500 steps, at most a tenth of training. Then "step": times 0.2 at 95 % and
-    at 97.5 % of training; "cosine": down to 0 at its end.
-    """
+    """The function step -> factor of the learning rate: linear warm-up over 500 steps, at most a
+    tenth of `total_steps`, then the schedule as in the help of --schedule."""
     warmup = min(500, total_steps // 10)
     drops = [round(share * total_steps) for share in (0.95, 0.975)]
 
@@ -607,7 +604,7 @@ def ema_update(target, online, tau):
 # --- Devices: where and in what precision a step is computed ---------------------------------
 
 def prepare_device(args):
-    """Set up args.device; join torchrun's other processes, which wait a day for rank 0's EBM."""
+    """Set up args.device; under torchrun join the other ranks, which wait a day for the EBM."""
     joins = "RANK" in os.environ and not dist.is_initialized()
     if joins and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -741,7 +738,7 @@ def without_effect(args):
     A flag of one's own that is named like one of another script is not among them.
     """
     flags = {"use": "auxiliary", **vars(args)}
-    foreign = DISC_FLAGS if "use" in vars(args) else CHAIN_FLAGS
+    foreign = DISC_FLAGS if "use" in vars(args) else CHAIN_FLAGS     # Langevin scripts have --use
     cases = [names for values, names in WITHOUT_EFFECT
              if values.items() <= flags.items() and not values.keys() & foreign]
     if "teacher" not in foreign and flags.get("teacher"):
@@ -776,7 +773,7 @@ def parse_flags(parser, argv=None):
         args.run_dir = f"runs/{name.replace('/', '_')}"
     if "ebm" not in args:
         parts = ["ebm", args.dataset, args.subset or "all", f"width={args.width}",
-                 args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation}",
+                 args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation:g}",
                  f"seed={args.seed}", ebm_precision(args), torch.device(args.device).type]
         args.ebm = f"runs/{'-'.join(map(str, parts))}.pt"
     if Path(args.ebm).suffix != ".pt":
@@ -852,8 +849,9 @@ def check_config(path, saved, wanted):
     for key in sorted((before.keys() & now.keys()) - NOT_IDENTITY):
         if before[key] != now[key]:
             flag = f"--{key.replace('_', '-')} {before[key]}, not {now[key]}"
-            raise UserError(f"{path}: made with {DESCRIPTION.get(key, flag)}; name another "
-                            "--run-dir or --ebm, or repeat its own settings")
+            made = DESCRIPTION.get(key.rstrip("0123456789"), flag)
+            raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
+                            "its own settings")
 
 
 def check_code(path, made_by, code):
@@ -1193,10 +1191,7 @@ def load_ebm(path, device, wanted={}):
 
 
 def make_ebm(path, config, images, args):
-    """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt.
-
-    UserError if the training diverges: f explodes, or a weight is not finite.
-    """
+    """Train an EBM, or resume its training in the directory X.ebm, and save it to `path`, X.pt."""
     directory, images = path.with_suffix(".ebm"), images.to(args.device)
     more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
     config = claim(directory, {**config, **more}, __file__)
@@ -1232,8 +1227,7 @@ def make_ebm(path, config, images, args):
 def train_ebm(images, args):
     """The frozen discriminator of the EBM in the file args.ebm, X.pt; rank 0 trains it if missing.
 
-    images: uint8 (N, 3, 32, 32). The directory X.ebm has the log, the code, a checkpoint until the
-    end, and samples.png. UserError if the training diverges or X.pt has other settings.
+    images: uint8 (N, 3, 32, 32). UserError if the training diverges or X.pt has other settings.
     """
     path, args = Path(args.ebm), copy(args)
     directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
@@ -1275,7 +1269,7 @@ def load_encoder(directory):
     load_weights(encoder, weights, directory / "checkpoint.pt")
     script = Path(__file__).with_name(f"{config['script']}.py")
     check_code(directory, config.get("code"),
-               code_checksum(source_files(script)) if script.exists() else None)
+               code_checksum(source_files(script)) if script.exists() else "unknown")
     return encoder, saved, config
 
 
@@ -1283,11 +1277,11 @@ def teacher_kind(args):
     """What --teacher is, whatever its path: its settings that are neither usual nor the student's,
     and its seed as a difference, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
-    usual = {**teacher.get("defaults", {}), "coeff": 0}
-    own = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual.keys() - {
-        "epochs", "seed"} and value not in (usual[flag], vars(args).get(flag))]
+    usual, student = {**teacher.get("defaults", {}), "coeff": 0}, {**vars(args), "coeff": 0}
+    others = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual
+              and flag not in ("epochs", "seed") and value not in (usual[flag], student.get(flag))]
     difference = teacher["seed"] - args.seed
-    return (f"{teacher['script']} of {teacher['epochs']} epochs{''.join(own)}"
+    return (f"{teacher['script']} of {teacher['epochs']} epochs{''.join(others)}"
             + (f", seed {difference:+d}" if difference else ""))
 
 
@@ -1352,7 +1346,7 @@ class Run:
             discriminator = train_ebm(images, args)
             made = load(Path(args.ebm), "config")["config"]
         self.config |= {"f_code": made.get("code"), "f_precision": made.get("precision")}
-        f = checksum(discriminator)                       # before its scale, which may round anew
+        f = checksum(discriminator)                       # without its scale, which may round anew
         sees_image = getattr(args, "disc_input", "") == "image"
         if sees_image or teacher:
             view = (lambda x: x / 255) if sees_image else augment
@@ -1366,8 +1360,8 @@ class Run:
         finite, or if the frozen network changed.
         """
         args, self.model, self.noted = self.args, state["model"], False
-        kept = [checksum(network) for network in self.frozen]
         progress = Progress(self.path, "epoch", args.epochs, state)
+        kept = [checksum(network) for network in self.frozen]        # the checkpoint has them, too
         if not progress.resumed:
             show("evaluating the untrained encoder", passing=True)
             untrained = self.evaluate(self.model.encoder, args) if rank() == 0 else None

@@ -737,8 +737,11 @@ def without_effect(args):
 
     A flag of one's own that is named like one of another script is not among them.
     """
-    flags = {"use": "auxiliary", **vars(args)}
-    foreign = DISC_FLAGS if "use" in vars(args) else CHAIN_FLAGS     # Langevin scripts have --use
+    flags, foreign = {"use": "auxiliary", **vars(args)}, set()
+    if "use" not in vars(args):                           # not a Langevin script
+        foreign |= CHAIN_FLAGS
+    if not flags.keys() & {"disc_input", "version"}:      # older results have a version
+        foreign |= DISC_FLAGS
     cases = [names for values, names in WITHOUT_EFFECT
              if values.items() <= flags.items() and not values.keys() & foreign]
     if "teacher" not in foreign and flags.get("teacher"):
@@ -787,19 +790,21 @@ def ebm_precision(args):
 
 
 def source_files(script):
-    """Paths of a script, of common.py, and of the modules and packages beside them that they use;
+    """Paths of a script, of common.py, and of the modules beside them that they import, in turn;
     not of linear_eval.py, as eval.json says itself by which code it was measured."""
-    files = list(dict.fromkeys([Path(script).resolve(), Path(__file__).resolve()]))
-    folders = {file.parent for file in files}
+    files = [Path(script).resolve(), Path(__file__).resolve()]
+    roots = [file.parent for file in files]
     for file in files:                                    # grows meanwhile
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                modules = [getattr(node, "module", None) or alias.name for alias in node.names]
-                for name in {module.split(".")[0] for module in modules} - {"linear_eval"}:
-                    files += [found for folder in folders
-                              for found in [folder / f"{name}.py", *(folder / name).rglob("*.py")]
-                              if found.exists() and found not in files]
-    return files
+                package = getattr(node, "module", None) or ""
+                for path in [Path(*f"{package}.{alias.name}".split(".")) for alias in node.names]:
+                    files += [found for place in (path, *path.parents)
+                              for root in (file.parent, *roots)
+                              for found in (root / f"{place}.py", root / place / "__init__.py")
+                              if found.is_file() and found not in files
+                              and found.stem != "linear_eval"]
+    return [*dict.fromkeys(files)]
 
 
 def code_checksum(files):
@@ -813,7 +818,7 @@ def code_checksum(files):
                                         if value is not None and value != [])]
         return repr(x)
 
-    trees = sorted(json.dumps(plain(ast.parse(file.read_text()))) for file in files)
+    trees = sorted(json.dumps([file.name, plain(ast.parse(file.read_bytes()))]) for file in files)
     return f"{zlib.crc32(''.join(trees).encode()):08x}"
 
 
@@ -836,7 +841,8 @@ def data_checksum(args):
 
 
 DESCRIPTION = {"images": "other training images", "data": "other labels or test images",
-               "f": "another EBM or frozen network", "ranks": "another number of processes"}
+               "ranks": "another number of processes",
+               **dict.fromkeys(["f", "f1", "f2"], "another EBM or frozen network")}
 
 
 def check_config(path, saved, wanted):
@@ -849,7 +855,7 @@ def check_config(path, saved, wanted):
     for key in sorted((before.keys() & now.keys()) - NOT_IDENTITY):
         if before[key] != now[key]:
             flag = f"--{key.replace('_', '-')} {before[key]}, not {now[key]}"
-            made = DESCRIPTION.get(key.rstrip("0123456789"), flag)
+            made = DESCRIPTION.get(key, flag)
             raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
                             "its own settings")
 
@@ -858,7 +864,7 @@ def check_code(path, made_by, code):
     """Whether the code that made what is at `path` is today's; if not, a line says so."""
     if made_by != code:
         show(f"{path}: made by other code ({made_by}, kept in source-*) than today's ({code}); for "
-             "results of today's alone, name another --run-dir or --ebm")
+             "results of today's alone, train anew, with another --run-dir or --ebm")
     return made_by == code
 
 
@@ -893,7 +899,7 @@ def load(path, *keys):
     except Exception as error:                            # torch and json raise many kinds
         cause = f"{type(error).__name__}: {error}".split("\n")[0]
         raise UserError(f"{path}: damaged, or not written by this code ({cause}); name another, "
-                        "or delete it") from error
+                        "or delete it if it is yours") from error
     return content
 
 
@@ -949,10 +955,9 @@ def claim(directory, config, script):
         code = saved["code"] if saved["code"].endswith(code) else f"{saved['code']}+{code}"
         config = {**saved, **config}                      # saved has the checksum f, too
     config["code"] = code
-    root = Path(script).resolve().parent
+    root = os.path.commonpath([file.parent for file in files])
     for file in [*files, Path(__file__).resolve().with_name("linear_eval.py")]:
-        inner = file.relative_to(root) if file.is_relative_to(root) else file.name
-        copied = directory / f"source-{code.split('+')[-1]}" / inner
+        copied = directory / f"source-{code.split('+')[-1]}" / file.relative_to(root)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copied)
     save(path, config)
@@ -1241,7 +1246,7 @@ def train_ebm(images, args):
             if not path.exists():                         # another process may have made it
                 make_ebm(path, config, images, args)
     barrier()
-    check_code(path, load(path, "config")["config"].get("code"), code)
+    check_code(directory, load(path, "config")["config"].get("code"), code)
     return load_ebm(path, args.device, config)
 
 

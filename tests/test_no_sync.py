@@ -131,7 +131,7 @@ def test_an_ebm_step(objective, cuda):
 def test_faults_are_noticed(fault, name, cuda, monkeypatch):
     x = torch.rand(2, 3, device="cuda")
     assert counted(fault, x) == [name]
-    real = common.luminance
-    monkeypatch.setattr(common, "luminance",
+    real = common.rgb_to_grayscale
+    monkeypatch.setattr(common, "rgb_to_grayscale",
                         lambda x: (fault(x[:2, :, 0, 0].clone()), real(x))[1])
     assert name in counted(augment, images())

@@ -68,7 +68,7 @@ def test_a_run_that_other_code_began_goes_on_and_keeps_both(copied, command):
     config = json.loads((copied / "run" / "config.json").read_text())
     save(copied / "run" / "config.json", {**config, "code": "other"})
     status, out, err = command("byol_disc", *FIVE)
-    assert status == 0 and "run: begun by other code" in out and "--run-dir" in out, err
+    assert status == 0 and "run: made by other code" in out and "--run-dir" in out, err
     again = json.loads((copied / "run" / "config.json").read_text())
     assert again == {**config, "code": f"other+{config['code']}"}
     assert log_of(copied / "run")[-5:] == [None, 2, 3, 4, 5]
@@ -112,7 +112,7 @@ def test_the_same_command_after_an_edit_of_the_code(tmp_path):
     assert "other code" not in out.read_text() and "accuracy: linear" in out.read_text()
     (code / "mine.py").write_text("SIZE = 2\n")
     out.write_text("")
-    assert run() == 0 and "run is finished, made by other code" in out.read_text()
+    assert run() == 0 and "run: made by other code" in out.read_text()
     assert "accuracy: linear" not in out.read_text() and "--run-dir" in out.read_text()
 
 
@@ -189,6 +189,21 @@ def test_a_frozen_network_is_in_eval_mode_and_stays_the_same(stub, fault):
             f(torch.randn(8, 2))
             f[0].weight.data += fault == "weight"
             one_step(run)
+
+
+def test_a_frozen_network_resumes_with_the_scale_of_the_checkpoint(stub):
+    """Another CPU may compute its features' mean and variance with other roundings."""
+    for scale in (1.0, 1.0 + 1e-7):
+        f, run = torch.nn.BatchNorm1d(2), stub()
+        f.running_var.fill_(scale)
+        run.freeze(f, f=1)
+        state = network()
+        state["model"].discriminator = f
+        for epoch in run.epochs(**state):
+            one_step(run)
+            if scale == 1:
+                break
+        run.lock.release()
 
 
 def test_a_checkpoint_is_written_once_a_minute_and_at_the_end(tmp_path, monkeypatch, capsys):

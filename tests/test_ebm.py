@@ -254,7 +254,7 @@ def test_file_log_and_picture(tmp_path, capsys, monkeypatch, short_chains):
         train_ebm(images[1:], args)
     monkeypatch.setattr(common, "code_checksum", lambda files: "other")
     train_ebm(images, args)
-    assert f"ebm.pt: made by other code ({config['code']}" in capsys.readouterr().out
+    assert f"ebm.ebm: made by other code ({config['code']}" in capsys.readouterr().out
 
 
 def test_each_setting_of_an_ebm_has_a_file_of_its_own(monkeypatch):

@@ -128,7 +128,7 @@ def test_results_of_another_run_are_refused(name, tmp_path, monkeypatch, capsys)
     for directory, config, named in [
             ("other", OTHER, "other: made with --seed 0, not 1; name another --run-dir"),
             ("unknown", None, "unknown: made "),
-            ("foreign", {"learning": "my own"}, "foreign/config.json: not of this version")]:
+            ("foreign", {"learning": "my own"}, "foreign/config.json: damaged, or not written by")]:
         Path(directory).mkdir()
         Path(directory, name).write_text("results")
         if config:

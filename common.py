@@ -840,7 +840,7 @@ def data_checksum(args):
                       for x in load_images(args.dataset, args.data_dir, split)))
 
 
-DESCRIPTION = {"images": "other training images", "data": "other labels or test images",
+DESCRIPTION = {"images": "other training images", "data": "other images or labels",
                "ranks": "another number of processes",
                **dict.fromkeys(["f", "f1", "f2"], "another EBM or frozen network")}
 
@@ -856,8 +856,9 @@ def check_config(path, saved, wanted):
         if before[key] != now[key]:
             flag = f"--{key.replace('_', '-')} {before[key]}, not {now[key]}"
             made = DESCRIPTION.get(key, flag)
-            raise UserError(f"{path}: made with {made}; name another --run-dir or --ebm, or repeat "
-                            "its own settings")
+            place = "--ebm" if Path(path).suffix in (".pt", ".ebm") else "--run-dir"
+            raise UserError(f"{path}: made with {made}; name another {place}, or repeat its own "
+                            "settings")
 
 
 def check_code(path, made_by, code):

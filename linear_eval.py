@@ -358,8 +358,8 @@ def main():
                 rows += evaluate_run(path, args)
         except (UserError, OSError, RuntimeError) as error:   # the others are still evaluated
             problems.append(str(error))
-        except KeyError as error:
-            problems.append(f"{path}: not a run or an EBM of this project, it has no {error}")
+        except (KeyError, AttributeError) as error:
+            problems.append(f"{path}: not a run or an EBM of this code ({error})")
     rows = [(config, result) for config, result in rows if result]
     show("", passing=True)
     for of_ebms in (False, True):

@@ -43,7 +43,7 @@ class BYOL(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.third_view and not self.sees_image else 2
+        n = 3 if self.third_view and not self.sees_image else 2           # augmented views
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         z1 = self.projector(self.encoder(v1))
@@ -119,7 +119,7 @@ def main():
             terms = step(x)
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
+            schedule.step()                                               # last_epoch counts steps
             model.update_target(target_tau(args.tau, schedule.last_epoch / total_steps))
             run.log(**terms)
     del step                                                              # frees a graph's memory

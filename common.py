@@ -314,7 +314,7 @@ def color_jitter(x, factors, shift, order, hue_place):
     them, all three run twice, before and after the hue, with factor 1 where they do not apply.
     """
     colours = torch.eye(3, device=x.device)
-    to_gray = rgb_to_grayscale(colours[..., None, None]).view(1, 3).expand(3, 3)
+    to_gray = rgb_to_grayscale(colours[..., None, None]).view(1, 3).expand(3, 3)   # its weights
     after_hue = torch.arange(3, device=x.device) >= hue_place[:, None]             # (B, 3)
     factor = factors.gather(1, order)
     factor = torch.cat([torch.where(after_hue, 1, factor), torch.where(after_hue, factor, 1)], 1)
@@ -1346,7 +1346,7 @@ class Run:
             if saved["done"] < made["epochs"]:
                 raise UserError(f"--teacher {args.teacher}: its training is not finished")
             discriminator, args.ebm_iters = Teacher(encoder).to(args.device).eval(), 0
-        elif "ebm_iters" in without_effect(args):
+        elif "ebm_iters" in without_effect(args):         # nothing needs an EBM
             return None
         else:
             discriminator = train_ebm(images, args)

@@ -39,7 +39,7 @@ class SimCLR(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), uint8 -> loss, and the terms to log."""
-        n = 3 if self.third_view and not self.sees_image else 2
+        n = 3 if self.third_view and not self.sees_image else 2           # augmented views
         views = augment(x.repeat(n, 1, 1, 1)).split(len(x))               # n of (B, 3, H, W)
         v1, v2 = views[:2]
         h1, h2 = self.encoder(v1), self.encoder(v2)                       # (B, C)

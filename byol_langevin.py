@@ -78,9 +78,9 @@ def parse():
     add("--steps", type=number(int, 0), default=15, help="Langevin steps; 0 = the noisy start I_0")
     add("--step-size", type=number(float, 0), default=10, help="factor of the gradient of f")
     add("--noise-std", type=number(float, 0), default=1.0, help="noise, in units of --noise-unit")
-    add("--noise-unit", type=number(float, 0), default=0.005, help="a share of the pixel range")
+    add("--noise-unit", type=number(float, 0), default=0.005, help="fraction of the pixel range")
     add("--grad-clip", type=number(float, 0), default=0.01, help="largest entry of the gradient")
-    add("--alpha", type=number(float, 0, 1), default=0.6, help="share of the image in I_0")
+    add("--alpha", type=number(float, 0, 1), default=0.6, help="weight of the image in I_0")
     add("--use", choices=["auxiliary", "dataset"], default="auxiliary",
         help="auxiliary = a third view, new in each step; dataset = one sample per training image, "
              "generated once and added to the training set: an epoch has twice the steps")

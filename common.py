@@ -1075,7 +1075,7 @@ def discriminator_step(x, x_s, loss_of, rotation_weight, d, optimizer_d, penalty
 
     It descends loss_of(f(x), f(x_s)) + penalty_weight (|grad f(x)|^2 + |grad f(x_s)|^2), the R1 and
     R2 penalties, + rotation_weight times the rotation loss. Returns {name: scalar} to log;
-    `clamped`: the share of the entries in grad f(x_s) that `langevin` clamps.
+    `clamped`: the fraction of entries in grad f(x_s) that `langevin` clamps.
     """
     both = torch.cat([x, x_s]).requires_grad_()
     f = d(both).float()                                                            # (2B,)

@@ -3,7 +3,7 @@
     method                      method.svg: puts images from views.png into the drawing
     curves                      curves.svg: kNN accuracy over epochs and minutes, from epyc.jsonl
     scatter FILE.jsonl ...      scatter.svg: BYOL's difference to the baseline, over the accuracy of
-                                its third view's features; other files' discriminators hollow
+                                its third view's features; those of other files hollow
     views EBM.pt DIR            views.png: the views of a test image of every class in DIR/test
     samples LABEL=FOLDER ...    samples.png: training images, and samples from .ebm directories
     minutes FILE.jsonl ...      prints the minutes of training of each setting
@@ -170,50 +170,57 @@ def name_of(config):
     return name + {"last": ", last stage", "all": ", all stages"}[config["layers"]]
 
 
-def measure(file):
-    """[(third view, linear-probe and kNN accuracy of its features, difference, its error)] of BYOL
-    at --coeff 1 in a results file, printed. The difference in the linear probe is to the file's
-    first row, paired by seed, and its error is pooled, both as in linear_eval.py's table."""
-    rows = [(row["config"], row["result"]) for row in read(file) if row["result"]]
-    labels, _ = row_labels(rows)
-    groups, configs = by_seed(rows, labels), {label: row[0] for label, row in zip(labels, rows)}
-    first, baseline, own, points = rows[0][0], groups[labels[0]], defaultdict(list), []
-    sd, freedom = pooled({label: groups[label] for label, config in configs.items()
-                          if config.get("epochs") == first.get("epochs")}, "linear")
-    if (first["script"], first.get("coeff")) != ("byol_disc", 0) or freedom < 2:
-        raise UserError(f"{file}: its first row has to be the baseline, byol_disc --coeff 0, and "
-                        f"its errors have {freedom} degrees of freedom; they need 2")
-    for config, result in rows:
-        if config["script"] == "ebm" or config.get("coeff") == 0:
-            own[(name_of(config), *map(config.get, ["seed", *PAIRED[:2]]))].append(result)
-    for label, config in configs.items():
-        if config["script"] not in ("byol_disc", "byol_teacher") or config["coeff"] != 1:
-            continue
-        name, found = name_of(config), []
-        alike = all(config.get(flag) == first.get(flag) for flag in PAIRED)
-        kind, _, shift = name.partition(", seed ")          # a teacher of another seed
-        for (machine, seed), result in groups[label].items():
-            features = own[kind, seed + int(shift or 0), *map(config.get, PAIRED[:2])]
-            if alike and len(features) == 1 and (machine, seed) in baseline:
-                found.append((features[0]["linear"], features[0]["knn5"],
-                              result["linear"] - baseline[machine, seed]["linear"]))
-            else:
-                print(f"{file}: {name}, seed {seed}, is left out: it needs one accuracy of its "
-                      f"features (there are {len(features)}) and a baseline of its seed and flags")
-        if found:
-            points.append((name, *map(mean, zip(*found)), sd * (2 / len(found)) ** 0.5))
-            print("{}: {}, n = {}: linear {:.1f}, 5-NN {:.1f}, difference {:+.1f} ± {:.1f}".format(
-                file, name, len(found), *points[-1][1:]))
+def measure(*files):
+    """[(file, third view, linear-probe and kNN accuracy of its features, difference, its error)] of
+    BYOL at --coeff 1 in results files, printed. The difference in the linear probe is to the file's
+    first row, paired by seed; its error is pooled over the files, both as in linear_eval.py's."""
+    points, squares, total = [], 0, 0
+    for file in files:
+        rows = [(row["config"], row["result"]) for row in read(file) if row["result"]]
+        labels, _ = row_labels(rows)
+        groups, configs = by_seed(rows, labels), {label: row[0] for label, row in zip(labels, rows)}
+        first, baseline, own = rows[0][0], groups[labels[0]], defaultdict(list)
+        if (first["script"], first.get("coeff")) != ("byol_disc", 0):
+            raise UserError(f"{file}: its first row has to be the baseline, byol_disc --coeff 0")
+        sd, freedom = pooled({label: groups[label] for label, config in configs.items()
+                              if config.get("epochs") == first.get("epochs")}, "linear")
+        squares, total = squares + freedom * sd ** 2, total + freedom
+        for config, result in rows:
+            if config["script"] == "ebm" or config.get("coeff") == 0:
+                own[(name_of(config), *map(config.get, ["seed", *PAIRED[:2]]))].append(result)
+        for label, config in configs.items():
+            if config["script"] not in ("byol_disc", "byol_teacher") or config["coeff"] != 1:
+                continue
+            name, found = name_of(config), []
+            alike = all(config.get(flag) == first.get(flag) for flag in PAIRED)
+            kind, _, shift = name.partition(", seed ")      # a teacher of another seed
+            for (machine, seed), result in groups[label].items():
+                features = own[kind, seed + int(shift or 0), *map(config.get, PAIRED[:2])]
+                if alike and len(features) == 1 and (machine, seed) in baseline:
+                    found.append((features[0]["linear"], features[0]["knn5"],
+                                  result["linear"] - baseline[machine, seed]["linear"]))
+                else:
+                    print(f"{file}: {name}, seed {seed}, is left out: it needs one accuracy of its "
+                          f"features (there are {len(features)}) and a baseline of its seed")
+            if found:
+                points.append((file, name, *map(mean, zip(*found)), len(found)))
+    if total < 2:
+        raise UserError(f"the errors have {total} degrees of freedom, and need 2")
+    for i, (*point, n) in enumerate(points):
+        points[i] = *point, (2 / n * squares / total) ** 0.5
+        print("{}: {}, n = {}: linear {:.1f}, 5-NN {:.1f}, difference {:+.1f} ± {:.1f}".format(
+            *point[:2], n, *points[i][2:]))
     return points
 
 
 def scatter(file, *others):
-    filled = measure(file)
+    points = measure(file, *others)
+    filled = [point for point in points if point[0] == file]
     if len(filled) < 2:
         raise UserError(f"{file}: has {len(filled)} third views that can be drawn, and needs two")
-    points = filled + [(f"{name}, {Path(other).stem}", *values) for other in others
-                       for name, *values in measure(other) if name.startswith("discriminator")]
-    names, linear, knn, differences, errors = zip(*points)
+    names, linear, knn, differences, errors = zip(*(
+        (name + f", {Path(place).stem}" * (place != file), *values)
+        for place, name, *values in points))
     ends = *np.add(differences, errors), *np.subtract(differences, errors), 0
     svg = [text(16, 24, "difference to the BYOL baseline in the linear probe, points", "start"),
            text(150, 724, "● discriminator features", color=RED),

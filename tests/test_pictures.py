@@ -99,7 +99,7 @@ def settings():
 def test_a_difference_is_to_the_baseline_that_is_alike(tmp_path, capsys):
     """Of its seed and flags; its x is the accuracy of its own features, its error the table's."""
     def measure(rows):
-        return {name: values for name, *values in pictures.measure(write(tmp_path / "a", rows))}
+        return {name: values for _, name, *values in pictures.measure(write(tmp_path / "a", rows))}
 
     rows = settings()
     points = measure(rows)
@@ -110,6 +110,16 @@ def test_a_difference_is_to_the_baseline_that_is_alike(tmp_path, capsys):
     runs = [(line["config"], line["result"]) for line in rows if line["config"]["script"] != "ebm"]
     printed = re.search(r"\+2.50 ± ([0-9.]+)", linear_eval.table(runs, False, "test"))[1]
     assert {f"{values[3]:.2f}" for values in points.values()} == {printed}
+    other = settings()
+    other[9]["result"]["linear"] = 64                   # a machine with a larger spread
+    machines = {"a": rows, "b": other}
+    both = [({**line["config"], "machine": machine}, line["result"])
+            for machine, lines in machines.items() for line in lines
+            if line["config"]["script"] != "ebm"]
+    of_both = pictures.measure(*(write(tmp_path / name, x) for name, x in machines.items()))
+    table = linear_eval.table(both, False, "test")
+    printed_of_both = re.search(r"first row \| \+2.50 ± ([0-9.]+)", table)[1]
+    assert {f"{values[-1]:.2f}" for values in of_both} == {printed_of_both} != {printed}
     for change in [{"images": 2}, {"epochs": 30}, {"seed": 2}, {"disc_input": "image"}]:
         other = {**rows[2], "config": {**rows[2]["config"], **change}}
         capsys.readouterr()
@@ -117,22 +127,24 @@ def test_a_difference_is_to_the_baseline_that_is_alike(tmp_path, capsys):
         assert "is left out" in capsys.readouterr().out
     rows[4]["config"]["teacher"] = "simclr_disc of 20 epochs, seed +1"
     assert measure(rows)["simclr_disc of 20 epochs, seed +1"][:3] == [61, 29, 5]
-    for wrong in [rows[1:], rows[:7]]:                  # no baseline first, no second seed
-        with pytest.raises(UserError, match="first row has to be the baseline"):
+    for wrong, message in [(rows[1:], "first row has to be the baseline"),
+                           (rows[:7], "0 degrees of freedom")]:        # no second seed
+        with pytest.raises(UserError, match=message):
             measure(wrong)
 
 
-def test_the_scatter_shows_discriminators_of_other_machines_hollow(tmp_path, monkeypatch, capsys):
+def test_the_scatter_shows_third_views_of_other_machines_hollow(tmp_path, monkeypatch, capsys):
     file, other = (write(tmp_path / f"{name}.jsonl", settings()) for name in ("a", "other"))
     monkeypatch.setattr(pictures, "HERE", tmp_path)
-    for files, hollow in [([file], 0), ([file, other], 2)]:
+    for files, hollow in [([file], 0), ([file, other], 3)]:
         pictures.scatter(*files)
         parts = [*ElementTree.parse(tmp_path / "scatter.svg").getroot().iter()]
-        fills = [part.get("fill") for part in parts if part.get("rx")]
+        fills = [part.get("fill") for part in parts if part.get("rx")]     # two diagrams
         words = [part.text for part in parts]
         assert len(fills) == 2 * (3 + hollow) and fills.count("white") == 2 * hollow
         assert words.count("SimCLR, 20 epochs") == words.count("untrained, last stage") == 2
-        assert words.count("untrained, last stage, other") == hollow
+        assert words.count("untrained, last stage, other") == 2 * bool(hollow)
+        assert words.count("SimCLR, 20 epochs, other") == 2 * bool(hollow)
         out = capsys.readouterr().out
         for title, xs in [("linear-probe", [60.5, 61.5, 45]), ("kNN (k = 5)", [29.5, 28.5, 45])]:
             correlation = np.corrcoef(xs, [2.5, 4.5, 0])[0, 1]

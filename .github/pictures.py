@@ -173,7 +173,8 @@ def name_of(config):
 def measure(*files):
     """[(file, third view, linear-probe and kNN accuracy of its features, difference, its error)] of
     BYOL at --coeff 1 in results files, printed. The difference in the linear probe is to the file's
-    first row, paired by seed; its error is pooled over the files, both as in linear_eval.py's."""
+    first row, paired by seed; its error is pooled over the files, both as in linear_eval.py's table
+    if each file has the runs of one machine, evaluated alike."""
     points, squares, total = [], 0, 0
     for file in files:
         rows = [(row["config"], row["result"]) for row in read(file) if row["result"]]
@@ -201,11 +202,12 @@ def measure(*files):
                                   result["linear"] - baseline[machine, seed]["linear"]))
                 else:
                     print(f"{file}: {name}, seed {seed}, is left out: it needs one accuracy of its "
-                          f"features (there are {len(features)}) and a baseline of its seed")
+                          f"features (there are {len(features)}), a baseline of its seed and flags")
             if found:
                 points.append((file, name, *map(mean, zip(*found)), len(found)))
     if total < 2:
-        raise UserError(f"the errors have {total} degrees of freedom, and need 2")
+        raise UserError(f"{' '.join(map(str, files))}: errors have {total} degrees of freedom, "
+                        "and need 2")
     for i, (*point, n) in enumerate(points):
         points[i] = *point, (2 / n * squares / total) ** 0.5
         print("{}: {}, n = {}: linear {:.1f}, 5-NN {:.1f}, difference {:+.1f} ± {:.1f}".format(

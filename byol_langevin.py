@@ -95,9 +95,9 @@ def main():
     args = parse()
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
-    if run.finished:
-        return
     f = run.get_discriminator(images)                                     # None if not used
+    if run.finished():
+        return
     run.save_chain(f, images[:16])
     if args.use == "dataset":
         images = torch.cat([images, run.generate_images(f, images)])

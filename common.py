@@ -947,11 +947,8 @@ def claim(directory, config, script):
     code, saved = code_checksum(files), load(path, "code") if path.exists() else {"code": "unknown"}
     if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
-        same = check_code(directory, saved["code"], code)
+        check_code(directory, saved["code"], code)
         if result.exists():
-            show(f"{directory} is finished; " + (
-                describe(load(result, "untrained")) if same else
-                f"for its accuracies: python linear_eval.py {directory}"))
             return saved
         code = saved["code"] if saved["code"].endswith(code) else f"{saved['code']}+{code}"
         config = {**saved, **config}                      # saved has the checksum f, too
@@ -1294,7 +1291,7 @@ def teacher_kind(args):
 class Run:
     """A script's training on images (N, 3, H, W), uint8, and its results in eval.json.
 
-    `evaluate` is that of linear_eval.py, which imports this file. `finished`: it has its results.
+    `evaluate` is that of linear_eval.py, which imports this file.
     """
 
     def __init__(self, args, images, evaluate):
@@ -1317,12 +1314,22 @@ class Run:
             except Timeout as error:
                 raise UserError(f"{self.path}: another process is using this run") from error
             self.config = claim(self.path, self.config, args.file)
-        self.finished = (self.path / "eval.json").exists()
-        if not self.finished:
+        self.result = self.path / "eval.json"
+        if not self.result.exists():
             show(f"{self.path}: on {args.device} in {args.precision}")
-        elif load(self.path / "eval.json").get("evaluation") != getattr(evaluate, "code", None):
+
+    def finished(self):
+        """Whether the run has its results, which are then shown; call it after `freeze`."""
+        if not self.result.exists():
+            return False
+        result, same = load(self.result, "untrained"), code_checksum(source_files(self.args.file))
+        show(f"{self.path} is finished; " + (
+            describe(result) if self.config.get("code") == same else
+            f"for its accuracies: python linear_eval.py {self.path}"))
+        if result.get("evaluation") != getattr(self.evaluate, "code", None):
             show("These accuracies are of another linear_eval.py. To measure anew: python "
-                 f"linear_eval.py {self.path} --data-dir {args.data_dir}")
+                 f"linear_eval.py {self.path} --data-dir {self.args.data_dir}")
+        return True
 
     def freeze(self, network, f=None):
         """`network` in eval mode and without gradients, which has to stay the same.
@@ -1348,11 +1355,15 @@ class Run:
             discriminator, args.ebm_iters = Teacher(encoder).to(args.device).eval(), 0
         elif "ebm_iters" in without_effect(args):         # nothing needs an EBM
             return None
+        elif self.result.exists() and not Path(args.ebm).exists():
+            return None                                   # it was deleted when the run had ended
         else:
             discriminator = train_ebm(images, args)
             made = load(Path(args.ebm), "config")["config"]
-        self.config |= {"f_code": made.get("code"), "f_precision": made.get("precision")}
         f = checksum(discriminator)                       # without its scale, which may round anew
+        if self.result.exists():                          # has it the same network as then?
+            return self.freeze(discriminator, f)
+        self.config |= {"f_code": made.get("code"), "f_precision": made.get("precision")}
         sees_image = getattr(args, "disc_input", "") == "image"
         if sees_image or teacher:
             view = (lambda x: x / 255) if sees_image else augment
@@ -1465,7 +1476,7 @@ class Run:
             result["untrained"] = {metric: self.untrained[metric] for metric in self.untrained
                                    if metric in ("linear", "knn5", "knn_cosine")}
             show(describe(result))
-            save(self.path / "eval.json", result)
+            save(self.result, result)
         barrier()
         if rank() == 0:
             self.lock.release()

@@ -79,9 +79,9 @@ def main():
     args = parse()
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
-    if run.finished:
-        return
     discriminator = run.get_discriminator(images)                         # None with --coeff 0
+    if run.finished():
+        return
     total_steps = args.epochs * (len(images) // args.batch_size)
     torch.manual_seed(args.seed)
     model = SimCLR(args, discriminator).to(args.device)

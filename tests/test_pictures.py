@@ -50,6 +50,11 @@ def test_a_teacher_is_the_encoder_of_a_finished_run(made, command, monkeypatch, 
                                     ("stopped", ["--run-dir", "new"], "not finished")]:
         status, _, err = teach(teacher, *flags)
         assert status == 2 and problem in err and err.count("\n") == 1
+    saved = torch.load("moved/checkpoint.pt", weights_only=True)
+    saved["model"]["encoder.net.0.weight"] += 1         # the teacher was trained anew
+    torch.save(saved, "moved/checkpoint.pt")
+    status, out, err = teach("moved")
+    assert status == 2 and "another EBM or frozen network" in err and "accuracy" not in out
 
 
 def test_its_features_are_those_of_the_encoder_standardised(made, monkeypatch, tmp_path):

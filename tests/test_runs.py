@@ -1,6 +1,7 @@
 """A run as a user types it: what it leaves, what stops it, the same command again, its table."""
 import json
 import math
+import os
 import shutil
 from contextlib import nullcontext
 
@@ -61,6 +62,21 @@ def test_a_run_leaves_what_the_design_says(whole):
     assert result["untrained"] == {name: floor[name] for name in metrics}
     out = (whole / "out").read_text()
     assert out.count("epoch ") == 5 and "test accuracy: linear" in out
+
+
+def test_a_finished_run_is_that_of_its_ebm(copied, command):
+    """Of another one in the same file it shows no accuracy; it needs none that was deleted."""
+    files = {path: path.read_bytes() for path in (copied / "run").iterdir() if path.is_file()}
+    ebm = torch.load("ebm.pt", weights_only=True)
+    for change, expected in [(lambda: None, 0), (lambda: os.remove("ebm.pt"), 0),
+                             (lambda: ebm["d"]["linear.bias"].add_(1), 2)]:
+        change()
+        if expected:
+            torch.save(ebm, "ebm.pt")
+        status, out, err = command("byol_disc", *FIVE)
+        assert status == expected and ("test accuracy" in out) == (status == 0), err
+        assert ("run: made with another EBM or frozen network" in err) == (status == 2)
+        assert all(path.read_bytes() == content for path, content in files.items())
 
 
 def test_a_run_that_other_code_began_goes_on_and_keeps_both(copied, command):

@@ -263,6 +263,9 @@ def draw_shapes(n, seed):
 def training_images(args):
     """The images (N, 3, H, W), uint8, to train on; --subset keeps the same ones for any seed."""
     images, _ = load_images(args.dataset, args.data_dir, "train")
+    if images.dtype != torch.uint8:
+        raise UserError(f"--dataset {args.dataset}: images are {images.dtype}; they have to be "
+                        "uint8, from 0 to 255")
     if args.subset > len(images):
         raise UserError(f"--subset {args.subset}: there are {len(images)} training images; 0: all")
     keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.subset]
@@ -531,7 +534,10 @@ def adversarial_dynamics(f, x, p, eps, steps=30, grad_clip=0.01):
 
 def run_chain(f, x, steps, args):
     """`steps` steps of `langevin` with the flags' settings, from x (B, 3, H, W) in [0, 1]."""
-    f = f or (lambda x: x.flatten(1).sum(1))              # --step-size 0: f does not matter
+    if f is None and min(steps, args.step_size, args.grad_clip) > 0:
+        raise UserError("the Langevin view needs an EBM, but no flag asks for one; see "
+                        "WITHOUT_EFFECT in common.py")
+    f = f or (lambda x: x.flatten(1).sum(1))              # it does not matter
     return langevin(f, x, steps, args.step_size, args.noise_std * args.noise_unit, args.grad_clip)
 
 
@@ -713,7 +719,7 @@ def graphed(step, args):
 # A run is identified by the flags that have an effect, its data, its frozen network and its code.
 
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file",
-                "defaults", "code"}
+                "defaults", "code", "common_code", "encoder_classes"}
 EBM_FLAGS = {"ebm_iters", "ebm_objective", "ebm_rotation"}
 DISC_FLAGS = {"layers", "disc_input", "teacher"}
 STEP_FLAGS = {"step_size", "noise_std", "noise_unit", "grad_clip"}
@@ -742,11 +748,13 @@ def without_effect(args):
         foreign |= CHAIN_FLAGS
     if not flags.keys() & {"disc_input", "version"}:      # older results have a version
         foreign |= DISC_FLAGS
-    cases = [names for values, names in WITHOUT_EFFECT
-             if values.items() <= flags.items() and not values.keys() & foreign]
-    if "teacher" not in foreign and flags.get("teacher"):
-        cases.append(EBM_FLAGS | {"layers"})
-    return set().union(*cases) - foreign
+    unused = EBM_FLAGS | {"layers"} if flags.get("teacher") and "teacher" not in foreign else set()
+    for values, names in WITHOUT_EFFECT:                  # what has no effect disables nothing
+        if values.items() <= flags.items() and not values.keys() & (foreign | unused):
+            unused = unused | names
+    if EBM_FLAGS <= unused:                               # nothing needs an EBM
+        unused = unused | {flag for flag in flags if flag.startswith("ebm_")}
+    return unused - foreign
 
 
 def parse_flags(parser, argv=None):
@@ -777,6 +785,8 @@ def parse_flags(parser, argv=None):
     if "ebm" not in args:
         parts = ["ebm", args.dataset, args.subset or "all", f"width={args.width}",
                  args.ebm_objective, args.ebm_iters, f"rotation={args.ebm_rotation:g}",
+                 *(f"{flag.removeprefix('ebm_')}={value}" for flag, value in changed.items()
+                   if flag.startswith("ebm_") and flag not in EBM_FLAGS),        # of one's own
                  f"seed={args.seed}", ebm_precision(args), torch.device(args.device).type]
         args.ebm = f"runs/{'-'.join(map(str, parts))}.pt"
     if Path(args.ebm).suffix != ".pt":
@@ -929,12 +939,16 @@ def provenance():
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
+MEASURED = ("split", "data", "evaluation")                # what an accuracy was measured on and by
+
+
 def describe(result):
     """The accuracies (%) in an eval.json as a line."""
+    untrained = {metric: f" (untrained {value:.2f})" for metric, value in
+                 result["untrained"].items() if value is not None}
     return "test accuracy: " + ", ".join(
-        f"{metric} -" if result[metric] is None else
-        f"{metric} {result[metric]:.2f} % (untrained {untrained:.2f})"
-        for metric, untrained in result["untrained"].items())
+        metric + (" -" if value is None else f" {value:.2f} %{untrained.get(metric, '')}")
+        for metric, value in result.items() if metric not in (*MEASURED, "untrained"))
 
 
 def claim(directory, config, script):
@@ -944,18 +958,22 @@ def claim(directory, config, script):
     if other code began it. UserError if there are results of other settings in the directory.
     """
     path, result, files = directory / "config.json", directory / "eval.json", source_files(script)
-    code, saved = code_checksum(files), load(path, "code") if path.exists() else {"code": "unknown"}
+    saved = load(path, "code") if path.exists() else {"code": "unknown"}
+    codes = {"code": code_checksum(files), "common_code": code_checksum(source_files(__file__))}
+    source = directory / f"source-{codes['code']}"
     if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
-        check_code(directory, saved["code"], code)
+        check_code(directory, saved["code"], codes["code"])
         if result.exists():
             return saved
-        code = saved["code"] if saved["code"].endswith(code) else f"{saved['code']}+{code}"
+        before = {key: saved.get(key, "unknown") for key in codes}
+        codes = {key: before[key] if before[key].endswith(code) else f"{before[key]}+{code}"
+                 for key, code in codes.items()}
         config = {**saved, **config}                      # saved has the checksum f, too
-    config["code"] = code
+    config |= codes
     root = os.path.commonpath([file.parent for file in files])
     for file in [*files, Path(__file__).resolve().with_name("linear_eval.py")]:
-        copied = directory / f"source-{code.split('+')[-1]}" / file.relative_to(root)
+        copied = source / file.relative_to(root)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copied)
     save(path, config)
@@ -1010,7 +1028,8 @@ def means(steps, ranks=1):
 
 # --- Energy-based model (EBM), trained on the same images ------------------------------------
 # The discriminator d is the EBM's network: f = d(x) is the negative energy. An objective is a step
-# function; add one here, in EBM_ADAM, in `fit_ebm` and to the choices of --ebm-objective.
+# function; add one here, in EBM_ADAM, in `make_ebm` and to the choices of --ebm-objective. A flag
+# named --ebm-... is part of the EBM's identity.
 
 EBM_LANGEVIN = dict(step_size=10, noise_std=0.005, grad_clip=0.01)        # IGEBM's
 EBM_ADAM = {"gan": (1e-3, 2e-4, 0.9), "ade": (1e-4, 1e-4, 0.999), "cd": (1e-3, 0, 0.9)}
@@ -1234,7 +1253,8 @@ def train_ebm(images, args):
     """
     path, args = Path(args.ebm), copy(args)
     directory, args.precision = path.with_suffix(".ebm"), ebm_precision(args)
-    flags = ["dataset", "subset", "width", "ebm_objective", "ebm_rotation", "ebm_iters"]
+    flags = ["dataset", "subset", "width",
+             *(flag for flag in vars(args) if flag.startswith("ebm_"))]
     config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
     code = code_checksum(source_files(__file__))          # before hours in which it may be edited
     if rank() == 0 and not path.exists():
@@ -1263,6 +1283,12 @@ class Teacher(nn.Module):
         return (self.encoder(x).float() - self.feature_mean) / self.feature_std    # (B, dim)
 
 
+def module_classes(network):
+    """Checksum of the classes of a network's modules; equal weights may be of other classes."""
+    names = [f"{type(m).__module__.split('.')[0]}.{type(m).__name__}" for m in network.modules()]
+    return zlib.crc32(" ".join(names).replace("SyncBatchNorm", "BatchNorm2d").encode())
+
+
 def load_encoder(directory):
     """The encoder of the run in a directory, on the CPU; its checkpoint; its config."""
     config = load(directory / "config.json", "script", "width", "epochs", "seed")
@@ -1270,19 +1296,27 @@ def load_encoder(directory):
     weights = {name.removeprefix("encoder."): value for name, value in saved["model"].items()
                if name.startswith("encoder.")}
     load_weights(encoder, weights, directory / "checkpoint.pt")
+    if config.get("encoder_classes", module_classes(encoder)) != module_classes(encoder):
+        raise UserError(f"{directory}: its encoder has other modules than common.py's Encoder; "
+                        "only the code that made it, kept in source-*, can use it")
     script = Path(__file__).with_name(f"{config['script']}.py")
     check_code(directory, config.get("code"),
                code_checksum(source_files(script)) if script.exists() else "unknown")
     return encoder, saved, config
 
 
-def teacher_kind(args):
-    """What --teacher is, whatever its path: its settings that are neither usual nor the student's,
-    and its seed as a difference, where 0 means equal initial weights."""
+def teacher_kind(args, data):
+    """What --teacher is, at any path: the settings in which it differs from the student, unless
+    both have their defaults; whether its data have another checksum than `data`; and its seed as a
+    difference, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
-    usual, student = {**teacher.get("defaults", {}), "coeff": 0}, {**vars(args), "coeff": 0}
+    usual = {**teacher.get("defaults", {}), "coeff": 0}
+    student, plain = {**usual, **vars(args), "coeff": 0}, vars(args).get("defaults", {})
     others = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual
-              and flag not in ("epochs", "seed") and value not in (usual[flag], student.get(flag))]
+              and flag not in ("epochs", "seed") and value != student[flag]
+              and (value, student[flag]) != (usual[flag], plain.get(flag))]
+    if teacher.get("data", data) != data:
+        others.append(", other data")
     difference = teacher["seed"] - args.seed
     return (f"{teacher['script']} of {teacher['epochs']} epochs{''.join(others)}"
             + (f", seed {difference:+d}" if difference else ""))
@@ -1304,7 +1338,7 @@ class Run:
         self.config = {flag: value for flag, value in vars(args).items() if flag not in unused}
         self.config |= {"images": checksum(images), "data": data_checksum(args), "ranks": ranks}
         if self.config.get("teacher"):
-            self.config["teacher"] = teacher_kind(args)
+            self.config["teacher"] = teacher_kind(args, self.config["data"])
         self.config = json.loads(json.dumps(self.config, default=str))   # as config.json has it
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1379,6 +1413,9 @@ class Run:
         args, self.model, self.noted = self.args, state["model"], False
         progress = Progress(self.path, "epoch", args.epochs, state)
         kept = [checksum(network) for network in self.frozen]        # the checkpoint has them, too
+        self.config["encoder_classes"] = module_classes(self.model.encoder)
+        if rank() == 0:
+            save(self.path / "config.json", self.config)
         if not progress.resumed:
             show("evaluating the untrained encoder", passing=True)
             untrained = self.evaluate(self.model.encoder, args) if rank() == 0 else None
@@ -1472,9 +1509,14 @@ class Run:
         """Evaluate the trained encoder, and save its accuracies and the untrained one's."""
         show("evaluating the encoder", passing=True)
         result = self.evaluate(encoder, self.args) if rank() == 0 else None
+        if encoder is not self.model.encoder:
+            show("note: linear_eval.py and --teacher use model.encoder, which is another one")
         if result:
+            same = all(self.untrained.get(key) == result.get(key) for key in MEASURED)
+            if not same:
+                show("the untrained encoder was measured by another linear_eval.py; left out")
             result["untrained"] = {metric: self.untrained[metric] for metric in self.untrained
-                                   if metric in ("linear", "knn5", "knn_cosine")}
+                                   if same and metric in result and metric not in MEASURED}
             show(describe(result))
             save(self.result, result)
         barrier()

@@ -10,7 +10,8 @@ computed once, in evaluation mode; the probe learns from all labelled training i
 --subset. Runs that differ only in their seed, and its EBM, share a row: mean and standard deviation
 over seeds. Below it stands the difference to the first row, paired by seed. Its standard error is
 pooled over the rows with as many epochs as the first row, since runs that differ only in epochs are
-too alike. EBMs have a table of their own.
+too alike. EBMs have a table of their own, without differences, as one EBM makes several rows. Each
+results file counts as a machine, on which seeds and first row are its own.
 """
 import argparse
 import json
@@ -25,10 +26,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NOT_IDENTITY, UserError, autocast, code_checksum, data_checksum, ebm_networks,
-                    fix_spectral_norm, has_test, launch, load, load_ebm, load_encoder, load_images,
-                    prepare_device, seed_of, show, standardise_features, training_images,
-                    without_effect)
+from common import (MEASURED, NOT_IDENTITY, UserError, autocast, code_checksum, data_checksum,
+                    ebm_networks, fix_spectral_norm, has_test, launch, load, load_ebm, load_encoder,
+                    load_images, prepare_device, seed_of, show, standardise_features,
+                    training_images, without_effect)
 
 # --- Frozen features and their accuracy ------------------------------------------------------
 
@@ -157,7 +158,7 @@ def evaluate_run(path, flags):
         config["epochs"] = f"{saved['done']} of {config['epochs']}"
     result = evaluate(encoder.to(args.device), args, split=flags.split)
     untrained = saved["log"][1]
-    if result and all(untrained.get(key) == result[key] for key in ("data", "split", "evaluation")):
+    if result and all(untrained.get(key) == result[key] for key in MEASURED):
         result["untrained"] = untrained
     return [(config | measured_on, result)]
 
@@ -197,7 +198,8 @@ def read_rows(path, flags=None):
     return rows
 
 
-HIDDEN = NOT_IDENTITY | {"script", "seed", "f", "version", "eager", "compile", "computed_in"}
+HIDDEN = NOT_IDENTITY | {"script", "seed", "f"}
+OF_OLD = {"version", "eager", "compile", "computed_in"}   # in results that have no code
 
 
 def row_labels(rows, any_code=False):
@@ -207,6 +209,7 @@ def row_labels(rows, any_code=False):
     data are not.
     """
     defaults, codes, configs = {}, {}, []
+    commons = {config.get("common_code") for config, _ in rows}
     for config, _ in rows:
         defaults[config["script"]] = {**defaults.get(config["script"], {}),
                                       **config.get("defaults", {})}
@@ -214,12 +217,16 @@ def row_labels(rows, any_code=False):
     for config, result in rows:
         shown = {**defaults[config["script"]], **config}
         unused = HIDDEN | without_effect(argparse.Namespace(**shown))
+        unused |= set() if "code" in config else OF_OLD
         shown = {flag: value for flag, value in shown.items() if flag not in unused}
         shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
         if len(codes[config["script"]]) > 1:
             shown["code"] = config.get("code", "unknown")
+        if len(commons) > 1:
+            shown["common_code"] = config.get("common_code", "unknown")
         if any_code:
-            shown = {flag: value for flag, value in shown.items() if flag not in ("code", "f_code")}
+            shown = {flag: value for flag, value in shown.items()
+                     if flag not in ("code", "common_code", "f_code")}
         configs.append(shown)
     flags = {flag: value for config in configs for flag, value in config.items()}
     shared = {flag: value for flag, value in flags.items()
@@ -277,7 +284,8 @@ def table(rows, untrained, split, any_code=False):
             if config.get("epochs") == epochs:
                 alike[name] = groups[name]
     error = {metric: pooled(alike, metric) for metric in METRICS}
-    freedom = error["linear"][1]
+    ebms = rows[0][0]["script"] == "ebm"                  # of which one makes several rows
+    freedom = 0 if ebms else error["linear"][1]
     critical = studentized_range(len(comparable), freedom) if freedom > 1 else math.inf
 
     def line(label, results):
@@ -298,7 +306,9 @@ def table(rows, untrained, split, any_code=False):
             value = mean(a - b for a, b in pairs)
             star = "*" if abs(value) > critical * sd / len(paired) ** 0.5 else ""
             cells.append(f"{value:+.2f} ± {sd * (2 / len(paired)) ** 0.5:.2f}{star}")
-        return "| " + " | ".join(["difference to the first row", *cells, str(len(paired))]) + " |"
+        machine, _ = next(iter(seeds))
+        label = "difference to the first row" + (f" of {machine}" if machine else "")
+        return "| " + " | ".join([label, *cells, str(len(paired))]) + " |"
 
     def these(labels):
         others = [label for label in groups if label not in labels]
@@ -310,7 +320,7 @@ def table(rows, untrained, split, any_code=False):
         baseline = comparable.get(label, {})
         if freedom > 1 and seeds is not baseline and seeds.keys() & baseline.keys():
             lines.append(difference(seeds, baseline))
-        if untrained and all("untrained" in result for result in seeds.values()):
+        if untrained and all(result.get("untrained") for result in seeds.values()):
             lines.append(line(f"{label}, untrained encoder",
                               [result["untrained"] for result in seeds.values()]))
     lines += ["", f"Accuracy in %, {split} split. Flags in common: " + ", ".join(
@@ -322,7 +332,7 @@ def table(rows, untrained, split, any_code=False):
         lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
                      f"{these(alike)} and their seeds, {freedom} degrees of freedom. * significant "
                      f"at 95 %, corrected for all pairs of {these(comparable)} (Tukey's HSD).")
-    elif len(groups) > 1:
+    elif len(groups) > 1 and not ebms:
         lines.append(f"No differences: their error would have {freedom} degrees of freedom, and "
                      "needs 2. Add a seed, or a setting with as many epochs.")
     return "\n".join(lines)
@@ -345,17 +355,20 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     prepare_device(args)
-    rows, problems, files = [], [], [path for path in args.paths if path.suffix == ".jsonl"]
-    for path in args.paths:
+    rows, problems, paths = [], [], dict.fromkeys(args.paths)        # each once
+    stems = [path.stem for path in paths if path.suffix == ".jsonl"]
+    for path in paths:
         try:
-            path = path.expanduser()
+            path, machine = path.expanduser(), "here"
             if path.suffix == ".jsonl":
-                machine = {"machine": path.stem} if len(files) > 1 else {}
-                rows += [(config | machine, result) for config, result in read_rows(path, args)]
+                machine = path.stem if stems.count(path.stem) == 1 else str(path)
+                more = read_rows(path, args)
             elif path.suffix == ".pt":
-                rows += evaluate_ebm(path, args)
-            elif path.suffix != ".ebm":
-                rows += evaluate_run(path, args)
+                more = evaluate_ebm(path, args)
+            else:
+                more = evaluate_run(path, args) if path.suffix != ".ebm" else []
+            rows += [(config | ({"machine": machine} if stems and len(paths) > 1 else {}), result)
+                     for config, result in more]
         except (UserError, OSError, RuntimeError) as error:   # the others are still evaluated
             problems.append(str(error))
         except (KeyError, AttributeError) as error:

@@ -58,10 +58,10 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1)
     images = torch.full((64, 3, 32, 32), 127, dtype=torch.uint8)
 
-    def make(accuracy=50.0, **flags):
+    def make(accuracy=50.0, evaluation=None, **flags):
         args = dict(run_dir=str(tmp_path / "run"), file=common.__file__, dataset="synthetic",
                     data_dir="", seed=0, device="cpu", precision="fp32", batch_size=8, epochs=2,
                     lr=1.0, eval_every=0)
         return common.Run(SimpleNamespace(**{**args, **flags}), images,
-                          lambda *_, **__: {"linear": accuracy})
+                          lambda *_, **__: {"linear": accuracy, "evaluation": evaluation})
     return make

@@ -91,7 +91,7 @@ def test_the_first_rank_alone_writes(rank, stub, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda mean: mean.mul_(4))  # the other's is thrice this
     run, model = stub(epochs=1), torch.nn.Linear(1, 1)
-    model.encoder = None
+    model.encoder = torch.nn.Identity()
     model(torch.ones(1, 1)).sum().backward()
     for epoch in run.epochs(model=model, optimizer=torch.optim.SGD(model.parameters())):
         assert (torch.initial_seed() == common.seed_of(0, 1, 0)) == (rank == 0)

@@ -1,7 +1,9 @@
 """Frozen features, kNN and the linear probe, against loops and cases with a known answer."""
 import json
 import math
+import shutil
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 
 import common
 import linear_eval
-from common import Encoder, UserError, draw_shapes
+from common import Encoder, UserError, draw_shapes, save
 from linear_eval import METRICS, extract_features, knn_accuracy, linear_accuracy, table
 
 
@@ -203,6 +205,22 @@ def test_two_codes_are_two_rows():
         assert labels(one + two) == [("code=a", 2), (f"code={code}", 2)]
         assert labels(one + two, any_code=True) == [("", 4)]
     assert "code" not in table(one, False, "test")
+    one = [row(seed, code="a", common_code="x") for seed in (0, 1)]
+    two = [row(seed, code="c", script="byol_langevin", common_code="y") for seed in (0, 1)]
+    assert "| byol_langevin common_code=y |" in table(one + two, False, "test")   # of two scripts
+    assert "| byol_langevin |" in table(one + two, False, "test", any_code=True)
+
+
+def test_flags_of_ones_own_may_have_names_of_older_ones():
+    assert len(labels([row(0, version=1, code="a"), row(1, version=2, code="a")])) == 2
+    assert len(labels([row(0, version=1), row(1, version=2)])) == 1
+
+
+def test_ebms_have_no_differences():
+    """Their rows are several readings of the same networks."""
+    rows = [row(seed, 50.0 + seed * seed, script="ebm", layers=layers)
+            for layers in ("last", "all") for seed in (0, 1, 2)]
+    assert "ifference" not in table(rows, False, "test")
 
 
 def test_a_flag_that_older_runs_lack_counts_as_its_default():
@@ -256,10 +274,20 @@ def test_machines_have_seeds_and_a_baseline_of_their_own(tmp_path, command, monk
     for machine, means in [("a", ["51.00", "53.17"]), ("b", ["71.00", "73.17"])]:
         for coeff, mean_of in enumerate(means):
             assert f"| byol_disc coeff={coeff} machine={machine} | {mean_of} ± " in out
-    # 2, 1.5 and 3: mean 2.17, standard deviation 0.76, over the root of 3
-    assert out.count("| difference to the first row | +2.17 ± 0.44* ") == 2
+        # 2, 1.5 and 3: mean 2.17, standard deviation 0.76, over the root of 3
+        assert f"| difference to the first row of {machine} | +2.17 ± 0.44* " in out
     assert "4 degrees of freedom" in out
     assert "machine" not in command("linear_eval", "a.jsonl")[1]        # a control
+    Path("c").mkdir()                                                   # two files of one name
+    shutil.copy("b.jsonl", "c/a.jsonl")
+    config, result = rows[0]
+    Path("run").mkdir()                                                 # and a run of this machine
+    save(Path("run/config.json"), config | {"dataset": "synthetic", "data_dir": ""})
+    save(Path("run/eval.json"), result)
+    _, out, _ = command("linear_eval", "a.jsonl", "c/a.jsonl", "run", "run")
+    for machine, mean_of in [("a.jsonl", "51.00"), ("c/a.jsonl", "71.00"), ("here", "70.00")]:
+        assert f"| byol_disc coeff=0 machine={machine} | {mean_of} " in out
+    assert "left out" not in out                                        # it is named twice
 
 
 def test_the_checksum_is_of_all_images_and_labels(monkeypatch):

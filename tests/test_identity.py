@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import byol_disc
 import common
 import linear_eval
+import processes
 from common import Run, UserError, check_config, save, without_effect
 from conftest import ROOT
 
@@ -87,6 +89,60 @@ def test_a_flag_without_effect_makes_no_other_run(script, fixed, flags, tmp_path
             assert len({*linear_eval.row_labels([alone[2], default[2]])[0]}) == 2
 
 
+@pytest.mark.parametrize("values, unused", [
+    (dict(step_size=0, grad_clip=0), {"grad_clip"}),
+    (dict(noise_std=0, noise_unit=0), {"noise_unit"}),
+    (dict(steps=0, step_size=0, noise_std=0), common.STEP_FLAGS)])
+def test_a_flag_without_effect_disables_no_other(values, unused):
+    """Of two that disable each other, one is left to tell the run from the default one."""
+    flags = dict(coeff=1, use="auxiliary", view="langevin", steps=1, step_size=1, noise_std=1,
+                 noise_unit=1, grad_clip=1, alpha=0.5, ebm_iters=1)
+    assert without_effect(SimpleNamespace(**flags | values)) - common.EBM_FLAGS == unused
+
+
+def test_a_flag_of_ones_own_for_the_ebm_makes_another_ebm(tmp_path, monkeypatch):
+    """It is in the file's name and the EBM's identity, and without effect where no EBM is used."""
+    def parse(*flags):
+        parser = common.make_parser("", byol_disc.__file__)
+        parser.add_argument("--coeff", type=float, default=1.0)
+        parser.add_argument("--ebm-penalty", type=float, default=5.0)
+        return common.parse_flags(parser, [*processes.EBM[:8], "--precision", "fp32", *flags])
+
+    plain, other = parse(), parse("--ebm-penalty", "0")
+    assert "penalty=0.0" in other.ebm and "penalty" not in plain.ebm
+    assert "ebm_penalty" in without_effect(parse("--coeff", "0"))
+    assert "ebm_penalty" not in without_effect(other)
+    made, images = [], torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(common, "make_ebm", lambda path, config, *_: made.append(config) or save(
+        path, {"config": config, "d": common.Discriminator(8).state_dict()}))
+    plain.ebm = other.ebm = str(tmp_path / "ebm.pt")
+    common.train_ebm(images, plain)
+    common.train_ebm(images, plain)
+    with pytest.raises(UserError, match="made with --ebm-penalty 5.0, not 0.0; name another --ebm"):
+        common.train_ebm(images, other)
+    assert [config["ebm_penalty"] for config in made] == [5.0]
+
+
+def test_a_langevin_view_without_an_ebm_is_refused_where_it_needs_one():
+    x = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    flags = dict(steps=1, step_size=1, grad_clip=1, noise_std=0, noise_unit=1, alpha=1)
+    for change in ({"steps": 0}, {"step_size": 0}, {"grad_clip": 0}):
+        args = SimpleNamespace(**flags | change)
+        assert torch.allclose(common.langevin_view(None, x, args), x / 255)
+    with pytest.raises(UserError, match="needs an EBM"):
+        common.langevin_view(None, x, SimpleNamespace(**flags))
+
+
+def test_images_have_to_be_uint8(monkeypatch):
+    images = torch.rand(9, 3, 32, 32)
+    monkeypatch.setattr(common, "load_images", lambda *_: (images, torch.zeros(9).long()))
+    args = SimpleNamespace(dataset="npz", data_dir="", subset=0)
+    with pytest.raises(UserError, match="--dataset npz: images are torch.float32"):
+        common.training_images(args)
+    images = (255 * images).byte()
+    assert common.training_images(args) is images
+
+
 def test_a_flag_of_ones_own_named_like_another_counts():
     """simclr_disc.py with an --alpha of its own, for mixup, has no chain."""
     disc = dict(coeff=0, disc_input="augment", layers="last", alpha=0.5, steps=0, view="x")
@@ -133,16 +189,39 @@ def test_the_code_has_the_imports_of_imports(tmp_path):
 
 
 def test_teachers_of_other_settings_have_other_names(tmp_path):
-    args = SimpleNamespace(teacher=tmp_path, seed=0, width=8, lr=0.1, coeff=1)
-    defaults = dict(width=64, lr=0.003, coeff=0.1, temperature=0.5, seed=0, epochs=9)
+    defaults = dict(width=64, lr=0.003, coeff=0.1, temperature=0.5, seed=0, epochs=9,
+                    batch_size=512)
+    args = SimpleNamespace(teacher=tmp_path, seed=0, width=8, lr=0.1, coeff=1, batch_size=256,
+                           defaults={**defaults, "batch_size": 256})
     teacher = {**defaults, "script": "simclr_disc", "epochs": 2, "seed": 1, "width": 8, "lr": 0.1,
-               "coeff": 0, "defaults": defaults}
+               "coeff": 0, "data": 7, "defaults": defaults}
     for change, expected in [({}, ", seed +1"), ({"lr": 1.0, "seed": 0}, ", lr 1.0"),
+                             ({"width": 64}, ", width 64, seed +1"),     # not the student's
+                             ({"batch_size": 256, "data": 8, "seed": 0}, ", other data"),
                              ({"coeff": 1, "seed": 0}, ", coeff 1"),     # the student's, too
                              ({"temperature": 0.1}, ", temperature 0.1, seed +1"),
                              ({"coeff": 0.5, "seed": 0}, ", coeff 0.5")]:
         save(tmp_path / "config.json", {**teacher, **change})
-        assert common.teacher_kind(args) == "simclr_disc of 2 epochs" + expected
+        assert common.teacher_kind(args, 7) == "simclr_disc of 2 epochs" + expected
+
+
+def test_an_encoder_of_other_classes_is_not_taken_for_ours(tmp_path):
+    """Even if its weights have the same names and shapes, as those of another pooling have."""
+    class Encoder(common.Encoder):                        # one of the script's own
+        pass
+
+    pooled = common.Encoder(8)
+    pooled.net[-2] = torch.nn.AdaptiveMaxPool2d(1)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(common.Encoder(8))
+    for encoder, ours in [(common.Encoder(8), True), (synchronised, True), (pooled, False),
+                          (Encoder(8), False)]:
+        save(tmp_path / "config.json", {
+            "script": "x", "width": 8, "epochs": 1, "seed": 0, "code": "",
+            "encoder_classes": common.module_classes(encoder)})
+        weights = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
+        save(tmp_path / "checkpoint.pt", {"model": weights, "done": 1})
+        with nullcontext() if ours else pytest.raises(UserError, match="has other modules"):
+            common.load_encoder(tmp_path)
 
 
 def test_each_frozen_network_is_known(stub):

@@ -121,7 +121,7 @@ def test_the_same_command_after_an_edit_of_the_code(tmp_path):
         return processes.run("byol_disc", tmp_path, "--coeff", "0", "--run-dir", "run",
                              place=code, moment=moment)
 
-    assert run(moment=6) == -9 and log_of(tmp_path / "run") == [None, 0, 1]
+    assert run(moment=7) == -9 and log_of(tmp_path / "run") == [None, 0, 1]
     (code / "common.py").write_text((code / "common.py").read_text() + "# A comment.\n")
     assert run() == 0, (tmp_path / "err").read_text()
     assert log_of(tmp_path / "run") == [None, 0, 1, None, 2]
@@ -189,6 +189,25 @@ def test_the_floor_is_measured_at_the_start_and_kept(stub, tmp_path):
     result = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert result["linear"] == 40.0 and result["untrained"]["linear"] == 20.0
     assert log_of(tmp_path / "run")[:2] == [None, 0]
+
+
+@pytest.mark.parametrize("later", ["same", "other"])
+def test_a_floor_that_another_linear_eval_measured_is_left_out(stub, tmp_path, capsys, later):
+    for stop, code in [(2, "same"), (3, later)]:
+        run = stub(evaluation=code)
+        for epoch in run.epochs(**network()):
+            if epoch == stop:
+                break
+            one_step(run)
+        run.lock.release()
+    run.finish(run.model.encoder)
+    result, out = json.loads((tmp_path / "run" / "eval.json").read_text()), capsys.readouterr().out
+    assert ("measured by another linear_eval.py" in out) == (later == "other")
+    assert result["untrained"] == ({"linear": 50.0} if later == "same" else {})
+    assert "linear 50.00 % (untrained 50.00)" in out or out.endswith("linear 50.00 %\n")
+    assert "model.encoder" not in out
+    run.finish(torch.nn.Linear(2, 2))                     # one that no checkpoint calls its encoder
+    assert "linear_eval.py and --teacher use model.encoder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", [None, "training mode", "weight"])

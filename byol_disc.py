@@ -95,7 +95,7 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     discriminator = run.get_discriminator(images)                         # None with --coeff 0
-    if run.finished():
+    if run.is_finished():
         return
     total_steps = args.epochs * (len(images) // args.batch_size)
     torch.manual_seed(args.seed)

@@ -945,35 +945,36 @@ MEASURED = ("split", "data", "evaluation")                # what an accuracy was
 def describe(result):
     """The accuracies (%) in an eval.json as a line."""
     untrained = {metric: f" (untrained {value:.2f})" for metric, value in
-                 result["untrained"].items() if value is not None}
+                 result["untrained"].items() if isinstance(value, float)}
     return "test accuracy: " + ", ".join(
         metric + (" -" if value is None else f" {value:.2f} %{untrained.get(metric, '')}")
-        for metric, value in result.items() if metric not in (*MEASURED, "untrained"))
+        for metric, value in result.items() if metric not in MEASURED
+        and (value is None or isinstance(value, float)))
 
 
 def claim(directory, config, script):
     """Make `directory` the one of this config, and copy the script and what it imports into it.
 
-    Returns what config.json then holds: the config, and the checksum of that code; of both codes,
-    if other code began it. UserError if there are results of other settings in the directory.
+    Returns what config.json then holds: the config, and checksums of that code and of common.py; of
+    both codes, if other code began it. UserError if the directory has results of other settings.
     """
     path, result, files = directory / "config.json", directory / "eval.json", source_files(script)
     saved = load(path, "code") if path.exists() else {"code": "unknown"}
-    codes = {"code": code_checksum(files), "common_code": code_checksum(source_files(__file__))}
-    source = directory / f"source-{codes['code']}"
+    code, codes = code_checksum(files), {"common_code": code_checksum(source_files(__file__))}
+    codes["code"] = code
     if result.exists() or any(directory.glob("*.pt")):
         check_config(directory, saved, config)
-        check_code(directory, saved["code"], codes["code"])
+        check_code(directory, saved["code"], code)
         if result.exists():
             return saved
-        before = {key: saved.get(key, "unknown") for key in codes}
-        codes = {key: before[key] if before[key].endswith(code) else f"{before[key]}+{code}"
-                 for key, code in codes.items()}
+        for key, now in codes.items():
+            before = saved.get(key, "unknown")
+            codes[key] = before if before.endswith(now) else f"{before}+{now}"
         config = {**saved, **config}                      # saved has the checksum f, too
     config |= codes
     root = os.path.commonpath([file.parent for file in files])
     for file in [*files, Path(__file__).resolve().with_name("linear_eval.py")]:
-        copied = source / file.relative_to(root)
+        copied = directory / f"source-{code}" / file.relative_to(root)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copied)
     save(path, config)
@@ -1203,10 +1204,10 @@ def ebm_samples(images, d, g=None, replay=None, **optimizers):
     return torch.cat([x, x_0, langevin(d, x_0, steps=15, **EBM_LANGEVIN)])
 
 
-def load_ebm(path, device, wanted={}):
+def load_ebm(path, device, wanted=None):
     """The discriminator of the EBM in the file `path`, whose config has to be `wanted`, frozen."""
     saved = load(Path(path), "config", "d")
-    check_config(path, saved["config"], wanted)
+    check_config(path, saved["config"], wanted or saved["config"])
     d = Discriminator(saved["config"]["width"])
     load_weights(d, saved["d"], path)
     return d.to(device).eval().requires_grad_(False)
@@ -1256,6 +1257,8 @@ def train_ebm(images, args):
     flags = ["dataset", "subset", "width",
              *(flag for flag in vars(args) if flag.startswith("ebm_"))]
     config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
+    config["defaults"] = {flag: value for flag, value in vars(args).get("defaults", {}).items()
+                          if flag in flags}               # of a flag that an older EBM lacks
     code = code_checksum(source_files(__file__))          # before hours in which it may be edited
     if rank() == 0 and not path.exists():
         show(f"{directory}: training the EBM, or waiting for the process that does")
@@ -1311,7 +1314,9 @@ def teacher_kind(args, data):
     difference, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
     usual = {**teacher.get("defaults", {}), "coeff": 0}
-    student, plain = {**usual, **vars(args), "coeff": 0}, vars(args).get("defaults", {})
+    effective = {flag: value for flag, value in vars(args).items()
+                 if flag not in without_effect(args) | {"teacher"}}
+    student, plain = {**usual, **effective, "coeff": 0}, vars(args).get("defaults", {})
     others = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual
               and flag not in ("epochs", "seed") and value != student[flag]
               and (value, student[flag]) != (usual[flag], plain.get(flag))]
@@ -1348,22 +1353,12 @@ class Run:
             except Timeout as error:
                 raise UserError(f"{self.path}: another process is using this run") from error
             self.config = claim(self.path, self.config, args.file)
-        self.result = self.path / "eval.json"
-        if not self.result.exists():
+        self.result, self.by_other_code = self.path / "eval.json", False
+        if self.result.exists():
+            made_by = load(self.path / "config.json").get("code")
+            self.by_other_code = made_by != code_checksum(source_files(args.file))
+        else:
             show(f"{self.path}: on {args.device} in {args.precision}")
-
-    def finished(self):
-        """Whether the run has its results, which are then shown; call it after `freeze`."""
-        if not self.result.exists():
-            return False
-        result, same = load(self.result, "untrained"), code_checksum(source_files(self.args.file))
-        show(f"{self.path} is finished; " + (
-            describe(result) if self.config.get("code") == same else
-            f"for its accuracies: python linear_eval.py {self.path}"))
-        if result.get("evaluation") != getattr(self.evaluate, "code", None):
-            show("These accuracies are of another linear_eval.py. To measure anew: python "
-                 f"linear_eval.py {self.path} --data-dir {self.args.data_dir}")
-        return True
 
     def freeze(self, network, f=None):
         """`network` in eval mode and without gradients, which has to stay the same.
@@ -1372,16 +1367,21 @@ class Run:
         """
         key, f = f"f{len(self.frozen) or ''}", f or checksum(network)
         self.frozen.append(network.eval().requires_grad_(False))
-        check_config(self.path, self.config, {**self.config, key: f})
+        finished = rank() == 0 and self.result.exists()          # with this network, or without it
+        check_config(self.path, ({key: None} if finished else {}) | self.config,
+                     {**self.config, key: f})
         self.config[key] = f
-        if rank() == 0:
+        if rank() == 0 and not finished:
             save(self.path / "config.json", self.config)
         return network
 
     def get_discriminator(self, images):
         """The frozen discriminator of the EBM, trained first if missing, or the encoder of
-        --teacher; None if no flag needs one."""
+        --teacher; None if no flag needs one, or if a finished run's cannot be compared."""
         args, teacher = copy(self.args), self.config.get("teacher")
+        file = Path(args.teacher) / "checkpoint.pt" if teacher else Path(args.ebm)
+        if self.result.exists() and (self.by_other_code or not file.exists()):
+            return None
         if teacher:
             encoder, saved, made = load_encoder(Path(args.teacher))
             if saved["done"] < made["epochs"]:
@@ -1389,8 +1389,6 @@ class Run:
             discriminator, args.ebm_iters = Teacher(encoder).to(args.device).eval(), 0
         elif "ebm_iters" in without_effect(args):         # nothing needs an EBM
             return None
-        elif self.result.exists() and not Path(args.ebm).exists():
-            return None                                   # it was deleted when the run had ended
         else:
             discriminator = train_ebm(images, args)
             made = load(Path(args.ebm), "config")["config"]
@@ -1403,6 +1401,19 @@ class Run:
             view = (lambda x: x / 255) if sees_image else augment
             standardise_features(discriminator, images, args, view)
         return self.freeze(discriminator, f)
+
+    def is_finished(self):
+        """Whether the run has its results, which are then shown, unless they are of other code."""
+        if not self.result.exists():
+            return False
+        result = load(self.result, "untrained")
+        show(f"{self.path} is finished; " + (
+            f"for its accuracies: python linear_eval.py {self.path}" if self.by_other_code else
+            describe(result)))
+        if result.get("evaluation") != getattr(self.evaluate, "code", None):
+            show("These accuracies are of another linear_eval.py. To measure anew: python "
+                 f"linear_eval.py {self.path} --data-dir {self.args.data_dir}")
+        return True
 
     def epochs(self, **state):
         """Yield the epochs that are left; state: a model with an `encoder`, optimizer, schedule.
@@ -1510,15 +1521,16 @@ class Run:
         show("evaluating the encoder", passing=True)
         result = self.evaluate(encoder, self.args) if rank() == 0 else None
         if encoder is not self.model.encoder:
-            show("note: linear_eval.py and --teacher use model.encoder, which is another one")
+            show("note: these accuracies are not of model.encoder, which --teacher, a new "
+                 "measurement and the untrained accuracies use")
         if result:
             same = all(self.untrained.get(key) == result.get(key) for key in MEASURED)
             if not same:
                 show("the untrained encoder was measured by another linear_eval.py; left out")
             result["untrained"] = {metric: self.untrained[metric] for metric in self.untrained
                                    if same and metric in result and metric not in MEASURED}
-            show(describe(result))
             save(self.result, result)
+            show(describe(result))
         barrier()
         if rank() == 0:
             self.lock.release()

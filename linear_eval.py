@@ -222,7 +222,7 @@ def row_labels(rows, any_code=False):
         shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
         if len(codes[config["script"]]) > 1:
             shown["code"] = config.get("code", "unknown")
-        if len(commons) > 1:
+        elif len(commons) > 1:                            # one code, but not as another script
             shown["common_code"] = config.get("common_code", "unknown")
         if any_code:
             shown = {flag: value for flag, value in shown.items()
@@ -332,7 +332,9 @@ def table(rows, untrained, split, any_code=False):
         lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
                      f"{these(alike)} and their seeds, {freedom} degrees of freedom. * significant "
                      f"at 95 %, corrected for all pairs of {these(comparable)} (Tukey's HSD).")
-    elif len(groups) > 1 and not ebms:
+    elif ebms:
+        lines.append("No differences, as several rows are of the same EBM.")
+    elif len(groups) > 1:
         lines.append(f"No differences: their error would have {freedom} degrees of freedom, and "
                      "needs 2. Add a seed, or a setting with as many epochs.")
     return "\n".join(lines)

@@ -81,7 +81,7 @@ def main():
     images = training_images(args).to(args.device)                        # (N, 3, H, W), uint8
     run = Run(args, images, evaluate)
     f = run.get_discriminator(images)                                     # None if not used
-    if run.finished():
+    if run.is_finished():
         return
     run.save_chain(f, images[:16])
     if args.use == "dataset":

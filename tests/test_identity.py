@@ -121,6 +121,11 @@ def test_a_flag_of_ones_own_for_the_ebm_makes_another_ebm(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="made with --ebm-penalty 5.0, not 0.0; name another --ebm"):
         common.train_ebm(images, other)
     assert [config["ebm_penalty"] for config in made] == [5.0]
+    del made[0]["ebm_penalty"], made[0]["defaults"]       # an EBM from before there was the flag
+    save(tmp_path / "ebm.pt", {"config": made[0], "d": common.Discriminator(8).state_dict()})
+    common.train_ebm(images, plain)
+    with pytest.raises(UserError, match="made with --ebm-penalty 5.0, not 0.0; name another --ebm"):
+        common.train_ebm(images, other)
 
 
 def test_a_langevin_view_without_an_ebm_is_refused_where_it_needs_one():
@@ -190,14 +195,18 @@ def test_the_code_has_the_imports_of_imports(tmp_path):
 
 def test_teachers_of_other_settings_have_other_names(tmp_path):
     defaults = dict(width=64, lr=0.003, coeff=0.1, temperature=0.5, seed=0, epochs=9,
-                    batch_size=512)
+                    batch_size=512, ebm_iters=2, teacher=None, disc_input="augment")
     args = SimpleNamespace(teacher=tmp_path, seed=0, width=8, lr=0.1, coeff=1, batch_size=256,
+                           ebm_iters=7, disc_input="augment",
                            defaults={**defaults, "batch_size": 256})
     teacher = {**defaults, "script": "simclr_disc", "epochs": 2, "seed": 1, "width": 8, "lr": 0.1,
                "coeff": 0, "data": 7, "defaults": defaults}
     for change, expected in [({}, ", seed +1"), ({"lr": 1.0, "seed": 0}, ", lr 1.0"),
                              ({"width": 64}, ", width 64, seed +1"),     # not the student's
                              ({"batch_size": 256, "data": 8, "seed": 0}, ", other data"),
+                             ({"ebm_iters": 2, "teacher": None, "seed": 0}, ""),
+                             ({"ebm_iters": 3, "teacher": "x", "seed": 0},
+                              ", ebm_iters 3, teacher x"),
                              ({"coeff": 1, "seed": 0}, ", coeff 1"),     # the student's, too
                              ({"temperature": 0.1}, ", temperature 0.1, seed +1"),
                              ({"coeff": 0.5, "seed": 0}, ", coeff 0.5")]:
@@ -236,6 +245,14 @@ def test_each_frozen_network_is_known(stub):
         frozen[1].weight += 1
     with pytest.raises(UserError, match="made with"):
         again.freeze(frozen[1])
+
+
+def test_a_finished_run_gets_no_network_that_it_did_not_have(stub):
+    save(stub().path / "eval.json", {})
+    config = (stub().path / "config.json").read_text()
+    with pytest.raises(UserError, match="made with another EBM or frozen network"):
+        stub().freeze(torch.nn.Linear(2, 2))
+    assert (stub().path / "config.json").read_text() == config
 
 
 def test_a_setting_is_compared_as_config_json_has_it(stub):

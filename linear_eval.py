@@ -330,8 +330,8 @@ def table(rows, untrained, split, any_code=False):
     if freedom > 1:
         sd = ", ".join(f"{sd:.2f}" for sd, _ in error.values())
         lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
-                     f"{these(alike)} and their seeds, {freedom} degrees of freedom. * significant "
-                     f"at 95 %, corrected for all pairs of {these(comparable)} (Tukey's HSD).")
+                     f"{these(alike)} and their seeds, {freedom} degrees of freedom. * p < 0.05, "
+                     f"corrected for all pairs of {these(comparable)} (Tukey's HSD).")
     elif ebms:
         lines.append("No differences, as several rows are of the same EBM.")
     elif len(groups) > 1:

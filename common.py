@@ -1314,8 +1314,8 @@ def teacher_kind(args, data):
     difference, where 0 means equal initial weights."""
     teacher = load(Path(args.teacher) / "config.json", "script", "epochs", "seed")
     usual = {**teacher.get("defaults", {}), "coeff": 0}
-    effective = {flag: value for flag, value in vars(args).items()
-                 if flag not in without_effect(args) | {"teacher"}}
+    unused = without_effect(args) | {"teacher"}
+    effective = {flag: value for flag, value in vars(args).items() if flag not in unused}
     student, plain = {**usual, **effective, "coeff": 0}, vars(args).get("defaults", {})
     others = [f", {flag} {value}" for flag, value in teacher.items() if flag in usual
               and flag not in ("epochs", "seed") and value != student[flag]

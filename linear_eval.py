@@ -10,8 +10,8 @@ computed once, in evaluation mode; the probe learns from all labelled training i
 --subset. Runs that differ only in their seed, and its EBM, share a row: mean and standard deviation
 over seeds. Below it stands the difference to the first row, paired by seed. Its standard error is
 pooled over the rows with as many epochs as the first row, since runs that differ only in epochs are
-too alike. EBMs have a table of their own, without differences, as one EBM makes several rows. Each
-results file counts as a machine, on which seeds and first row are its own.
+too alike. EBMs have a table of their own, without differences: rows of one EBM are not independent.
+Each results file counts as a machine, with seeds and a first row of its own.
 """
 import argparse
 import json
@@ -217,7 +217,8 @@ def row_labels(rows, any_code=False):
     for config, result in rows:
         shown = {**defaults[config["script"]], **config}
         unused = HIDDEN | without_effect(argparse.Namespace(**shown))
-        unused |= set() if "code" in config else OF_OLD
+        if "code" not in config:
+            unused |= OF_OLD
         shown = {flag: value for flag, value in shown.items() if flag not in unused}
         shown |= {"data": result.get("data"), "evaluation": result.get("evaluation")}
         if len(codes[config["script"]]) > 1:
@@ -284,7 +285,7 @@ def table(rows, untrained, split, any_code=False):
             if config.get("epochs") == epochs:
                 alike[name] = groups[name]
     error = {metric: pooled(alike, metric) for metric in METRICS}
-    ebms = rows[0][0]["script"] == "ebm"                  # of which one makes several rows
+    ebms = rows[0][0]["script"] == "ebm"                  # their rows are not independent
     freedom = 0 if ebms else error["linear"][1]
     critical = studentized_range(len(comparable), freedom) if freedom > 1 else math.inf
 
@@ -333,7 +334,7 @@ def table(rows, untrained, split, any_code=False):
                      f"{these(alike)} and their seeds, {freedom} degrees of freedom. * p < 0.05, "
                      f"corrected for all pairs of {these(comparable)} (Tukey's HSD).")
     elif ebms:
-        lines.append("No differences, as several rows are of the same EBM.")
+        lines.append("No differences: rows of one EBM are not independent.")
     elif len(groups) > 1:
         lines.append(f"No differences: their error would have {freedom} degrees of freedom, and "
                      "needs 2. Add a seed, or a setting with as many epochs.")

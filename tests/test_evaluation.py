@@ -221,7 +221,7 @@ def test_ebms_have_no_differences():
     rows = [row(seed, 50.0 + seed * seed, script="ebm", layers=layers)
             for layers in ("last", "all") for seed in (0, 1, 2)]
     lines = table(rows, False, "test")
-    assert "difference to" not in lines and lines.endswith("several rows are of the same EBM.")
+    assert "difference to" not in lines and lines.endswith("rows of one EBM are not independent.")
 
 
 def test_a_flag_that_older_runs_lack_counts_as_its_default():
@@ -282,7 +282,7 @@ def test_machines_have_seeds_and_a_baseline_of_their_own(tmp_path, command, monk
     Path("c").mkdir()                                                   # two files of one name
     shutil.copy("b.jsonl", "c/a.jsonl")
     config, result = rows[0]
-    Path("run").mkdir()                                                 # and a run of this machine
+    Path("run").mkdir()                                                 # and a run in a directory
     save(Path("run/config.json"), config | {"dataset": "synthetic", "data_dir": ""})
     save(Path("run/eval.json"), result)
     _, out, _ = command("linear_eval", "a.jsonl", "c/a.jsonl", "run", "run")

@@ -158,14 +158,14 @@ PAIRED = ("images", "width", "epochs", "schedule", "batch_size", "lr", "tau", "e
 
 
 def name_of(config):
-    """The features that a row is about, or that its run has as third view."""
+    """The network whose features a row is about, or its run has as third view."""
     if config.get("teacher"):
         return config["teacher"]
     if config.get("coeff") == 0:
         return f"{config['script']} of {config['epochs']} epochs"
     name = "discriminator, " + (f"{config['ebm_iters']:,} iterations" if config["ebm_iters"]
                                 else "untrained")
-    for flag, usual in dict(ebm_objective="gan", ebm_rotation=0, disc_input="augment").items():
+    for flag, usual in dict(ebm_objective="gan", ebm_rotation=0).items():
         name += f", {flag} {config[flag]}" if config.get(flag, usual) != usual else ""
     return name + {"last": ", last stage", "all": ", all stages"}[config["layers"]]
 
@@ -174,7 +174,8 @@ def measure(*files):
     """[(file, third view, linear-probe and kNN accuracy of its features, difference, its error)] of
     BYOL at --coeff 1 in results files, printed. The difference in the linear probe is to the file's
     first row, paired by seed; its error is pooled over the files, both as in linear_eval.py's table
-    if each file has the runs of one machine, evaluated alike."""
+    if each file has the runs of one machine, evaluated alike. Teachers of other seeds than the
+    student's are one third view."""
     points, squares, total = [], 0, 0
     for file in files:
         rows = [(row["config"], row["result"]) for row in read(file) if row["result"]]
@@ -187,24 +188,31 @@ def measure(*files):
                               if config.get("epochs") == first.get("epochs")}, "linear")
         squares, total = squares + freedom * sd ** 2, total + freedom
         for config, result in rows:
+            of = *map(config.get, ["seed", *PAIRED[:2]]),
             if config["script"] == "ebm" or config.get("coeff") == 0:
-                own[(name_of(config), *map(config.get, ["seed", *PAIRED[:2]]))].append(result)
+                own[name_of(config), *of].append(result)
+            if config.get("coeff") == 0 and result.get("untrained"):
+                own[f"{config['script']} of 0 epochs", *of] = [result["untrained"]]
+        found = defaultdict(dict)                           # {third view: {seed: its figures}}
         for label, config in configs.items():
             if config["script"] not in ("byol_disc", "byol_teacher") or config["coeff"] != 1:
                 continue
-            name, found = name_of(config), []
+            source, _, shift = name_of(config).partition(", seed ")
+            name = source + ", another seed" * bool(shift)
+            name += ", of the image itself" * (config.get("disc_input") == "image")
             alike = all(config.get(flag) == first.get(flag) for flag in PAIRED)
-            kind, _, shift = name.partition(", seed ")      # a teacher of another seed
             for (machine, seed), result in groups[label].items():
-                features = own[kind, seed + int(shift or 0), *map(config.get, PAIRED[:2])]
-                if alike and len(features) == 1 and (machine, seed) in baseline:
-                    found.append((features[0]["linear"], features[0]["knn5"],
-                                  result["linear"] - baseline[machine, seed]["linear"]))
+                features = own[source, seed + int(shift or 0), *map(config.get, PAIRED[:2])]
+                if (alike and len(features) == 1 and (machine, seed) in baseline
+                        and seed not in found[name]):
+                    found[name][seed] = (features[0]["linear"], features[0]["knn5"],
+                                         result["linear"] - baseline[machine, seed]["linear"])
                 else:
                     print(f"{file}: {name}, seed {seed}, is left out: it needs one accuracy of its "
-                          f"features (there are {len(features)}), a baseline of its seed and flags")
-            if found:
-                points.append((file, name, *map(mean, zip(*found)), len(found)))
+                          f"features (there are {len(features)}), a baseline of its seed and "
+                          "flags, and no other run of its third view and seed")
+        points += [(file, name, *map(mean, zip(*seeds.values())), len(seeds))
+                   for name, seeds in found.items() if seeds]
     if total < 2:
         raise UserError(f"{' '.join(map(str, files))}: errors have {total} degrees of freedom, "
                         "and need 2")
@@ -215,38 +223,41 @@ def measure(*files):
     return points
 
 
+def mark(x, y, color, hollow):
+    """A circle for a discriminator, a square for a teacher."""
+    return (f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" '
+            f'rx="{5 * (color == RED)}" stroke="{color}" stroke-width="2" '
+            f'fill="{"white" if hollow else color}"/>')
+
+
 def scatter(file, *others):
-    points = measure(file, *others)
-    filled = [point for point in points if point[0] == file]
+    points = sorted(measure(file, *others), key=lambda point: -point[4])    # by difference
+    places, names, linear, knn, differences, errors = zip(*points)
+    hollow = [place != file for place in places]
+    filled = [i for i in range(len(points)) if not hollow[i]]
     if len(filled) < 2:
         raise UserError(f"{file}: has {len(filled)} third views that can be drawn, and needs two")
-    names, linear, knn, differences, errors = zip(*(
-        (name + f", {Path(place).stem}" * (place != file), *values)
-        for place, name, *values in points))
+    colors = [RED if name.startswith("discriminator") else BLUE for name in names]
     ends = *np.add(differences, errors), *np.subtract(differences, errors), 0
-    svg = [text(16, 24, "difference to the BYOL baseline in the linear probe, points", "start"),
-           text(150, 724, "● discriminator features", color=RED),
-           text(400, 724, "■ features of a frozen teacher", color=BLUE)]
+    svg = [text(16, 24, "difference to the BYOL baseline in the linear probe, points", "start")]
     for top, title, xs in [(40, "linear-probe", linear), (390, "kNN (k = 5)", knn)]:
-        parts, at = axes(40, top, 520, xs, ends, f"{title} accuracy of these features, %")
-        known, values, label_y = xs[:len(filled)], differences[:len(filled)], 0
+        parts, at = axes(40, top, 620, xs, ends, f"{title} accuracy of these features, %")
+        known, values = ([numbers[i] for i in filled] for numbers in (xs, differences))
         print(f"correlation with {title} accuracy: {np.corrcoef(known, values)[0, 1]:.2f}")
         slope, start = np.polyfit(known, values, 1)
         parts.append(line([at(x, start + slope * x) for x in (min(known), max(known))], "#aaa", 1))
-        for i in np.argsort(differences)[::-1]:             # from the top
-            (x, y), bar = at(xs[i], differences[i]), (differences[i] - errors[i],
-                                                      differences[i] + errors[i])
-            name = names[i].removeprefix("discriminator, ")
-            color, rounded = (RED, 6) if name != names[i] else (BLUE, 0)
-            fill, label_y = color if i < len(filled) else "white", max(y + 5, label_y + 18)
-            name = name.replace("simclr_disc of", "SimCLR,").replace("byol_disc of", "BYOL,")
-            parts += [line([at(xs[i], end) for end in bar], color, 2),
-                      f'<rect x="{x - 6:.1f}" y="{y - 6:.1f}" width="12" height="12" '
-                      f'rx="{rounded}" stroke="{color}" stroke-width="2" fill="{fill}"/>',
-                      text(x + 12, label_y, name, "start") if x + 7 * len(name) < 700 else
-                      text(x - 12, label_y, name, "end")]
+        for i, (x, y, error) in enumerate(zip(xs, differences, errors)):
+            high, low = at(x, y + error), at(x, y - error)
+            parts += [line([high, low], colors[i], 2), mark(*at(x, y), colors[i], hollow[i]),
+                      text(high[0], high[1] - 4, i + 1)]
         svg += parts
-    write_svg("scatter.svg", 720, 740, svg)
+    for i, (place, name) in enumerate(zip(places, names)):  # the key
+        y = 736 + 22 * i
+        name = name.replace("simclr_disc of", "SimCLR encoder,").replace("byol_disc of",
+                                                                         "BYOL encoder,")
+        svg += [mark(80, y - 5, colors[i], hollow[i]), text(60, y, i + 1, "end"),
+                text(96, y, name + f" ({Path(place).stem})" * hollow[i], "start")]
+    write_svg("scatter.svg", 720, 736 + 22 * len(points), svg)
 
 
 # --- What an encoder tells of other images ----------------------------------------------------

@@ -127,13 +127,27 @@ def test_a_difference_is_to_the_baseline_that_is_alike(tmp_path, capsys):
     printed_of_both = {*re.findall(r"first row[^|]*\| .[0-9.]+ ± ([0-9.]+)", table)}
     assert {f"{values[-1]:.2f}" for values in of_both} == printed_of_both
     assert len(printed_of_both) == 3 and printed not in printed_of_both    # of 1, 2 and 3 seeds
-    for change in [{"images": 2}, {"epochs": 30}, {"seed": 2}, {"disc_input": "image"}]:
+    for change in [{"images": 2}, {"epochs": 30}, {"seed": 2}]:
         other = {**rows[2], "config": {**rows[2]["config"], **change}}
         capsys.readouterr()
         assert len(measure([*rows[:2], other, *rows[3:9], *rows[10:]])) == 2
         assert "is left out" in capsys.readouterr().out
-    rows[4]["config"]["teacher"] = "simclr_disc of 20 epochs, seed +1"
-    assert measure(rows)["simclr_disc of 20 epochs, seed +1"][:3] == [61, 29, 5]
+    for i, shift in [(4, "+1"), (11, "-1")]:                # each learns from the other's teacher
+        rows[i]["config"]["teacher"] = f"simclr_disc of 20 epochs, seed {shift}"
+    assert measure(rows)["simclr_disc of 20 epochs, another seed"][:3] == [61.5, 28.5, 4.5]
+    capsys.readouterr()
+    again = row("byol_disc", 0, 90, coeff=1, teacher="simclr_disc of 20 epochs, seed +1", more=1)
+    rows[4]["config"]["more"] = 0
+    assert measure([*rows, again])["simclr_disc of 20 epochs, another seed"][2] == 4.5
+    assert "no other run of its third view and seed" in capsys.readouterr().out
+    rows[2]["config"]["disc_input"], rows[9]["config"]["disc_input"] = "image", "augment"
+    points = measure(rows)
+    assert points["discriminator, 4,000 iterations, last stage"][:3] == [61, 29, 3]
+    assert points["discriminator, 4,000 iterations, last stage, of the image itself"][:3] == [
+        60, 30, 2]
+    rows[0]["result"]["untrained"] = rows[3]["result"]      # of 62, the student's initial encoder
+    rows.append(row("byol_disc", 0, 56, coeff=1, teacher="byol_disc of 0 epochs"))
+    assert measure(rows)["byol_disc of 0 epochs"][:3] == [62, 28, 6]
     for wrong, message in [(rows[1:], "first row has to be the baseline"),
                            (rows[:7], "0 degrees of freedom")]:        # no second seed
         with pytest.raises(UserError, match=message):
@@ -146,12 +160,20 @@ def test_the_scatter_shows_third_views_of_other_machines_hollow(tmp_path, monkey
     for files, hollow in [([file], 0), ([file, other], 3)]:
         pictures.scatter(*files)
         parts = [*ElementTree.parse(tmp_path / "scatter.svg").getroot().iter()]
-        fills = [part.get("fill") for part in parts if part.get("rx")]     # two diagrams
-        words = [part.text for part in parts]
-        assert len(fills) == 2 * (3 + hollow) and fills.count("white") == 2 * hollow
-        assert words.count("SimCLR, 20 epochs") == words.count("untrained, last stage") == 2
-        assert words.count("untrained, last stage, other") == 2 * bool(hollow)
-        assert words.count("SimCLR, 20 epochs, other") == 2 * bool(hollow)
+        fills = [part.get("fill") for part in parts if part.get("rx")]
+        n = 3 + hollow
+        assert len(fills) == 3 * n and fills.count("white") == 3 * hollow  # two diagrams and a key
+        words = [part.text for part in parts if part.tag.endswith("text")]
+        key = ["SimCLR encoder, 20 epochs", "discriminator, 4,000 iterations, last stage",
+               "discriminator, untrained, last stage"]              # by their differences
+        assert [word for word in words if word.startswith(("SimCLR", "disc"))] == [
+            name + end for name in key for end in ["", " (other)"][:len(files)]]
+        marks = [part for part in parts if part.get("rx")]
+        places = [[float(part.get("y")) for part in marks[i * n:(i + 1) * n]] for i in range(3)]
+        assert all(place == sorted(place) for place in places)      # 1 is at the top
+        assert fills[:n] == fills[n:2 * n] == fills[2 * n:]
+        rounded = [part.get("rx") for part in marks]
+        assert rounded == 3 * ([*"0"] * len(files) + [*"5"] * 2 * len(files))
         out = capsys.readouterr().out
         for title, xs in [("linear-probe", [60.5, 61.5, 45]), ("kNN (k = 5)", [29.5, 28.5, 45])]:
             correlation = np.corrcoef(xs, [2.5, 4.5, 0])[0, 1]

@@ -253,8 +253,9 @@ def scatter(file, *others):
         svg += parts
     for i, (place, name) in enumerate(zip(places, names)):  # the key
         y = 736 + 22 * i
-        name = name.replace("simclr_disc of", "SimCLR encoder,").replace("byol_disc of",
-                                                                         "BYOL encoder,")
+        for old, new in [("simclr_disc of", "SimCLR encoder,"), ("byol_disc of", "BYOL encoder,"),
+                         (", 0 epochs", ", untrained")]:
+            name = name.replace(old, new)
         svg += [mark(80, y - 5, colors[i], hollow[i]), text(60, y, i + 1, "end"),
                 text(96, y, name + f" ({Path(place).stem})" * hollow[i], "start")]
     write_svg("scatter.svg", 720, 736 + 22 * len(points), svg)

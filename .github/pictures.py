@@ -239,9 +239,10 @@ def scatter(file, *others):
         raise UserError(f"{file}: has {len(filled)} third views that can be drawn, and needs two")
     colors = [RED if name.startswith("discriminator") else BLUE for name in names]
     ends = *np.add(differences, errors), *np.subtract(differences, errors), 0
-    svg = [text(16, 24, "difference to the BYOL baseline in the linear probe, points", "start")]
+    svg = []
     for top, title, xs in [(40, "linear-probe", linear), (390, "kNN (k = 5)", knn)]:
-        parts, at = axes(40, top, 620, xs, ends, f"{title} accuracy of these features, %")
+        parts, at = axes(40, top, 620, xs, ends, f"{title} accuracy of the frozen features, %")
+        parts.append(text(16, top - 16, "difference of BYOL to its baseline, linear probe", "start"))
         known, values = ([numbers[i] for i in filled] for numbers in (xs, differences))
         print(f"correlation with {title} accuracy: {np.corrcoef(known, values)[0, 1]:.2f}")
         slope, start = np.polyfit(known, values, 1)
@@ -258,7 +259,11 @@ def scatter(file, *others):
             name = name.replace(old, new)
         svg += [mark(80, y - 5, colors[i], hollow[i]), text(60, y, i + 1, "end"),
                 text(96, y, name + f" ({Path(place).stem})" * hollow[i], "start")]
-    write_svg("scatter.svg", 720, 736 + 22 * len(points), svg)
+    y = 736 + 22 * len(points)
+    svg += [line([(48, y - 5), (84, y - 5)], "#aaa", 1), text(96, y, "linear fit to the filled "
+                                                              "marks; bars: ± standard error",
+                                                              "start")]
+    write_svg("scatter.svg", 720, y + 22, svg)
 
 
 # --- What an encoder tells of other images ----------------------------------------------------

@@ -242,7 +242,7 @@ def scatter(file, *others):
     svg = []
     for top, title, xs in [(40, "linear-probe", linear), (390, "kNN (k = 5)", knn)]:
         parts, at = axes(40, top, 620, xs, ends, f"{title} accuracy of the frozen features, %")
-        parts.append(text(16, top - 16, "difference of BYOL to its baseline, linear probe", "start"))
+        parts.append(text(16, top - 16, "difference to BYOL's baseline, linear probe", "start"))
         known, values = ([numbers[i] for i in filled] for numbers in (xs, differences))
         print(f"correlation with {title} accuracy: {np.corrcoef(known, values)[0, 1]:.2f}")
         slope, start = np.polyfit(known, values, 1)

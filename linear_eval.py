@@ -10,13 +10,15 @@ computed once, in evaluation mode; the probe learns from all labelled training i
 --subset. Runs that differ only in their seed, and its EBM, share a row: mean and standard deviation
 over seeds. Below it stands the difference to the first row, paired by seed. Its standard error is
 pooled over the rows with as many epochs as the first row, since runs that differ only in epochs are
-too alike. EBMs have a table of their own, without differences: rows of one EBM are not independent.
-Each results file counts as a machine, with seeds and a first row of its own.
+too alike; a run that was repeated, with equal accuracies, counts once in it. EBMs have a table of
+their own, without differences: rows of one EBM are not independent. Each results file counts as a
+machine, with seeds and a first row of its own.
 """
 import argparse
 import json
 import math
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -265,29 +267,37 @@ def pooled(groups, metric):
 
 
 def studentized_range(rows, freedom):
-    """95 % quantile of Tukey's studentized range, by simulation, accurate to 1 %."""
+    """95 % quantile of Tukey's studentized range, by simulation, accurate to 1 %: the largest range
+    of several independent groups, of which `rows` has the sizes."""
     g = torch.Generator().manual_seed(0)
-    x, scale = torch.randn(100000, rows, generator=g), torch.randn(100000, freedom, generator=g)
-    return ((x.amax(1) - x.amin(1)) / scale.square().mean(1).sqrt()).quantile(0.95).item()
+    x = torch.randn(100000, sum(rows), generator=g)
+    scale = torch.randn(100000, freedom, generator=g)
+    ranges = torch.stack([group.amax(1) - group.amin(1) for group in x.split(rows, 1)])
+    return (ranges.amax(0) / scale.square().mean(1).sqrt()).quantile(0.95).item()
 
 
 def table(rows, untrained, split, any_code=False):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one for its
     difference to the first setting, of the same machine, paired by seed, with the pooled error."""
     names, shared = row_labels(rows, any_code)
-    groups, first, comparable, alike = by_seed(rows, names), {}, {}, {}
+    groups, first, comparable, alike, seen = by_seed(rows, names), {}, {}, {}, set()
     for name, (config, result) in zip(names, rows):
         measured = result.get("data"), result.get("evaluation")
         baseline, kind, epochs = first.setdefault(
             config.get("machine"), (groups[name], measured, config.get("epochs")))
         if measured == kind:
             comparable[name] = baseline
-            if config.get("epochs") == epochs:
-                alike[name] = groups[name]
+            once = config["seed"], *(result[metric] for metric in METRICS)
+            if config.get("epochs") == epochs and once not in seen:      # not the same run again
+                place = config.get("machine"), config["seed"]
+                alike.setdefault(name, {}).setdefault(place, result)
+                seen.add(once)
     error = {metric: pooled(alike, metric) for metric in METRICS}
     ebms = rows[0][0]["script"] == "ebm"                  # their rows are not independent
     freedom = 0 if ebms else error["linear"][1]
-    critical = studentized_range(len(comparable), freedom) if freedom > 1 else math.inf
+    families = Counter(next(iter(groups[name]))[0] for name in comparable).values()
+    critical = {metric: studentized_range([*families], degrees) if degrees > 1 else math.inf
+                for metric, (_, degrees) in error.items()}
 
     def line(label, results):
         cells = []
@@ -299,13 +309,13 @@ def table(rows, untrained, split, any_code=False):
 
     def difference(seeds, baseline):
         paired, cells = seeds.keys() & baseline.keys(), []
-        for metric, (sd, _) in error.items():
+        for metric, (sd, degrees) in error.items():
             pairs = [(seeds[seed][metric], baseline[seed][metric]) for seed in paired]
-            if any(None in pair for pair in pairs):
+            if degrees < 2 or any(None in pair for pair in pairs):
                 cells.append("-")
                 continue
             value = mean(a - b for a, b in pairs)
-            star = "*" if abs(value) > critical * sd / len(paired) ** 0.5 else ""
+            star = "*" if abs(value) > critical[metric] * sd / len(paired) ** 0.5 else ""
             cells.append(f"{value:+.2f} ± {sd * (2 / len(paired)) ** 0.5:.2f}{star}")
         machine, _ = next(iter(seeds))
         label = "difference to the first row" + (f" of {machine}" if machine else "")
@@ -330,9 +340,11 @@ def table(rows, untrained, split, any_code=False):
         lines.append("cosine kNN is -: its 200 neighbours are over a tenth of the training images.")
     if freedom > 1:
         sd = ", ".join(f"{sd:.2f}" for sd, _ in error.values())
+        degrees = ", ".join(dict.fromkeys(str(degrees) for _, degrees in error.values()))
         lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
-                     f"{these(alike)} and their seeds, {freedom} degrees of freedom. * p < 0.05, "
-                     f"corrected for all pairs of {these(comparable)} (Tukey's HSD).")
+                     f"{these(alike)} and their seeds, {degrees} degrees of freedom. * p < 0.05, "
+                     f"corrected for all pairs of {these(comparable)}"
+                     f"{', each within a machine' * (len(families) > 1)} (Tukey's HSD).")
     elif ebms:
         lines.append("No differences: rows of one EBM are not independent.")
     elif len(groups) > 1:

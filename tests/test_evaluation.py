@@ -171,7 +171,60 @@ def test_one_error_is_pooled_over_rows_and_seeds():
 
 @pytest.mark.parametrize("rows, freedom, known", [(2, 4, 3.927), (6, 10, 4.912)])
 def test_what_can_be_told_apart_is_tukeys(rows, freedom, known):
-    assert linear_eval.studentized_range(rows, freedom) == pytest.approx(known, rel=0.015)
+    assert linear_eval.studentized_range([rows], freedom) == pytest.approx(known, rel=0.015)
+
+
+def test_pairs_of_two_machines_are_not_corrected_for():
+    """Three machines with a pair of rows each: no |z| of three beyond the quantile, given s."""
+    s = torch.linspace(1e-3, 4, 4000, dtype=torch.float64)
+    density = s ** 7 * torch.exp(-4 * s ** 2)                           # of s, 8 degrees of freedom
+    share = torch.erf(linear_eval.studentized_range([2, 2, 2], 8) * s / 2) ** 3
+    assert (share * density).sum() / density.sum() == pytest.approx(0.95, abs=0.003)
+    one = linear_eval.studentized_range([6], 8)                         # a control
+    assert (torch.erf(one * s / 2) ** 3 * density).sum() / density.sum() > 0.975
+
+
+def test_a_repeated_run_adds_nothing_to_the_error():
+    """The same accuracies again, under an edited code or in another file."""
+    values = {0: (50.0, 51.0, 53.0), 1: (52.0, 52.5, 55.5)}
+    rows = [row(seed, linear, coeff=coeff, machine="a", code="x")
+            for coeff in values for seed, linear in enumerate(values[coeff])]
+    once = table(rows, False, "test")
+    assert "2 degrees of freedom" in once
+    pair = next(line for line in once.splitlines() if line.startswith("| difference"))
+    for other in (dict(code="y"), dict(machine="b")):
+        lines = table(rows + [({**config, **other}, result) for config, result in rows],
+                      False, "test")
+        assert pair.split("*")[0] in lines and "2 degrees of freedom" in lines
+    moved = [row(seed, linear + 1 + seed % 2, coeff=0, machine="a", code="y")
+             for seed, linear in enumerate(values[0])]                  # a control: other runs
+    assert "4 degrees of freedom" in table(rows + moved, False, "test")
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_each_metric_has_its_own_degrees_of_freedom(seeds):
+    """One file lacks cosine kNN, and the other has few seeds: its difference there has no star, or
+    with one degree of freedom no error; the equal one in the linear probe has both."""
+    rows = [row(seed, 50 + 2 * coeff + (seed % 2) * (2 * coeff - 1) + 9 * seed, coeff=coeff,
+                machine=machine)
+            for machine, n in [("a", 8), ("b", seeds)] for coeff in (0, 1) for seed in range(n)]
+    for config, result in rows:
+        result["knn_cosine"] = None if config["machine"] == "a" else result["linear"]
+    lines = table(rows, False, "test").splitlines()
+    cells = next(line for line in lines if "difference to the first row of b" in line).split(" | ")
+    assert cells[1].endswith("*") and "±" in cells[1]
+    assert cells[3] == "-" if seeds == 2 else "±" in cells[3] and not cells[3].endswith("*")
+    assert f"{seeds + 6}, {seeds - 1} degrees of freedom" in lines[-1]
+
+
+def test_stars_are_corrected_for_the_rows_of_each_machine(monkeypatch):
+    asked, quantile = [], linear_eval.studentized_range
+    monkeypatch.setattr(linear_eval, "studentized_range",
+                        lambda *args: asked.append(args) or quantile(*args))
+    rows = [row(seed, 9 * ord(machine) + (seed + 1) * coeff, coeff=coeff, machine=machine)
+            for machine, n in [("a", 2), ("b", 3)] for coeff in range(n) for seed in range(3)]
+    assert "5 settings, each within a machine" in table(rows, False, "test")
+    assert asked[0] == ([2, 3], 2 + 4)
 
 
 def test_table_joins_seeds_and_nothing_else():
@@ -240,7 +293,7 @@ def test_a_seed_counts_once_in_a_row(capsys):
 
 
 def test_a_table_says_why_it_has_no_difference_or_no_cosine_knn():
-    rows = [row(seed, 50.0 + seed * coeff, coeff=coeff) for coeff in (0, 1) for seed in (0, 1)]
+    rows = [row(seed, 50.0 + coeff + seed, coeff=coeff) for coeff in (0, 1) for seed in (0, 1)]
     lines = table(rows, False, "test")
     assert "difference to" not in lines and "would have 1 degrees of freedom" in lines
     assert "No differences" not in table(rows[:2], False, "test")       # nothing to compare

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-import shutil
+import random
 import subprocess
 import sys
 import time
@@ -42,6 +42,9 @@ from torchvision.utils import make_grid, save_image
 # --- Flags that all scripts share ------------------------------------------------------------
 # Add a flag here, or in the one script that needs it.
 
+DATASETS = ["cifar10", "cifar100", "folder", "synthetic"]
+
+
 class UserError(Exception):
     """A user's mistake and its remedy. `launch` prints it as one line and exits with status 2."""
 
@@ -64,7 +67,7 @@ def make_parser(doc, file, training=True):
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(script=Path(file).stem, file=file)
     add = parser.add_argument_group("data, networks and devices").add_argument
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder", "synthetic"],
+    add("--dataset", default="cifar10", choices=DATASETS,
         help="data set; folder reads --data-dir")
     add("--data-dir", type=os.path.expanduser, default="data",
         help="download directory; for --dataset folder that of train/<class>/ and test/<class>/")
@@ -166,7 +169,7 @@ def launch(main):
 
 
 # --- Data: uint8 images in memory ------------------------------------------------------------
-# Add a data set in `load_images` and to the choices of --dataset.
+# Add a data set in `load_images` and to DATASETS.
 
 @lru_cache
 def load_images(dataset, data_dir, split):
@@ -281,7 +284,7 @@ def augment(x):
 
     x: (B, 3, H, W), uint8 or float in [0, 1] -> float in [0, 1]. In this order: colour jitter
     (0.4, 0.4, 0.4, 0.1) with probability 0.8, gray with 0.1, a bicubic crop of 0.2 to 1 of the area
-    with ratio 3/4 to 4/3, flip with 0.5. The distribution for each image is torchvision's.
+    with ratio 3/4 to 4/3, flip with 0.5. The distribution for each square image is torchvision's.
     """
     b, _, height, width = x.shape
     draws = torch.rand(33, b, device=x.device).split([1, 1, 1, 3, 1, 3, 1, 10, 10, 2])
@@ -716,10 +719,11 @@ def graphed(step, args):
 
 
 # --- Identity: what makes a run what it is, and its name -------------------------------------
-# A run is identified by the flags that have an effect, its data, its frozen network and its code.
+# A run is identified by the flags that have an effect, its data and its frozen network; other code
+# is reported.
 
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file",
-                "defaults", "code", "common_code", "encoder_classes"}
+                "defaults", "code", "common_code", "encoder_modules"}
 EBM_FLAGS = {"ebm_iters", "ebm_objective", "ebm_rotation"}
 DISC_FLAGS = {"layers", "disc_input", "teacher"}
 STEP_FLAGS = {"step_size", "noise_std", "noise_unit", "grad_clip"}
@@ -799,13 +803,19 @@ def ebm_precision(args):
     return "bf16" if args.precision == "bf16" else "fp32"
 
 
+@lru_cache
+def read_source(file):
+    """The bytes of a Python file, read once, as it may be edited while it runs."""
+    return file.read_bytes()
+
+
 def source_files(script):
     """Paths of a script, of common.py, and of the modules beside them that they import, in turn;
     not of linear_eval.py, as eval.json says itself by which code it was measured."""
     files = [Path(script).resolve(), Path(__file__).resolve()]
     roots = [file.parent for file in files]
     for file in files:                                    # grows meanwhile
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in ast.walk(ast.parse(read_source(file))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 package = getattr(node, "module", None) or ""
                 for path in [Path(*f"{package}.{alias.name}".split(".")) for alias in node.names]:
@@ -828,8 +838,12 @@ def code_checksum(files):
                                         if value is not None and value != [])]
         return repr(x)
 
-    trees = sorted(json.dumps([file.name, plain(ast.parse(file.read_bytes()))]) for file in files)
+    trees = sorted(json.dumps([file.name, plain(ast.parse(read_source(file)))]) for file in files)
     return f"{zlib.crc32(''.join(trees).encode()):08x}"
+
+
+SCRIPT = getattr(sys.modules["__main__"], "__file__", None) or __file__
+source_files(SCRIPT if SCRIPT.endswith(".py") else __file__)         # reads them, at import
 
 
 def checksum(*tensors):
@@ -946,7 +960,7 @@ def describe(result):
     """The accuracies (%) in an eval.json as a line."""
     untrained = {metric: f" (untrained {value:.2f})" for metric, value in
                  result["untrained"].items() if isinstance(value, float)}
-    return "test accuracy: " + ", ".join(
+    return f"{result.get('split', 'test')} accuracy: " + ", ".join(
         metric + (" -" if value is None else f" {value:.2f} %{untrained.get(metric, '')}")
         for metric, value in result.items() if metric not in MEASURED
         and (value is None or isinstance(value, float)))
@@ -976,7 +990,7 @@ def claim(directory, config, script):
     for file in [*files, Path(__file__).resolve().with_name("linear_eval.py")]:
         copied = directory / f"source-{code}" / file.relative_to(root)
         copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, copied)
+        copied.write_bytes(read_source(file))
     save(path, config)
     return config
 
@@ -1259,7 +1273,6 @@ def train_ebm(images, args):
     config = {flag: vars(args)[flag] for flag in flags} | {"images": checksum(images)}
     config["defaults"] = {flag: value for flag, value in vars(args).get("defaults", {}).items()
                           if flag in flags}               # of a flag that an older EBM lacks
-    code = code_checksum(source_files(__file__))          # before hours in which it may be edited
     if rank() == 0 and not path.exists():
         show(f"{directory}: training the EBM, or waiting for the process that does")
         directory.mkdir(parents=True, exist_ok=True)
@@ -1267,7 +1280,8 @@ def train_ebm(images, args):
             if not path.exists():                         # another process may have made it
                 make_ebm(path, config, images, args)
     barrier()
-    check_code(directory, load(path, "config")["config"].get("code"), code)
+    check_code(directory, load(path, "config")["config"].get("code"),
+               code_checksum(source_files(__file__)))
     return load_ebm(path, args.device, config)
 
 
@@ -1286,9 +1300,10 @@ class Teacher(nn.Module):
         return (self.encoder(x).float() - self.feature_mean) / self.feature_std    # (B, dim)
 
 
-def module_classes(network):
-    """Checksum of the classes of a network's modules; equal weights may be of other classes."""
-    names = [f"{type(m).__module__.split('.')[0]}.{type(m).__name__}" for m in network.modules()]
+def modules_checksum(network):
+    """Checksum of the classes of a network's modules and their settings, such as strides."""
+    names = [f"{type(m).__module__.split('.')[0]}.{type(m).__name__}({m.extra_repr()})"
+             for m in network.modules()]
     return zlib.crc32(" ".join(names).replace("SyncBatchNorm", "BatchNorm2d").encode())
 
 
@@ -1299,9 +1314,9 @@ def load_encoder(directory):
     weights = {name.removeprefix("encoder."): value for name, value in saved["model"].items()
                if name.startswith("encoder.")}
     load_weights(encoder, weights, directory / "checkpoint.pt")
-    if config.get("encoder_classes", module_classes(encoder)) != module_classes(encoder):
-        raise UserError(f"{directory}: its encoder has other modules than common.py's Encoder; "
-                        "only the code that made it, kept in source-*, can use it")
+    if config.get("encoder_modules", modules_checksum(encoder)) != modules_checksum(encoder):
+        raise UserError(f"{directory}: its encoder has other modules, or settings of them, than "
+                        "common.py's Encoder; only the code that made it, in source-*, can use it")
     script = Path(__file__).with_name(f"{config['script']}.py")
     check_code(directory, config.get("code"),
                code_checksum(source_files(script)) if script.exists() else "unknown")
@@ -1410,7 +1425,8 @@ class Run:
         show(f"{self.path} is finished; " + (
             f"for its accuracies: python linear_eval.py {self.path}" if self.by_other_code else
             describe(result)))
-        if result.get("evaluation") != getattr(self.evaluate, "code", None):
+        evaluate = getattr(self.evaluate, "func", self.evaluate)     # of a partial
+        if result.get("evaluation") != getattr(evaluate, "code", None):
             show("These accuracies are of another linear_eval.py. To measure anew: python "
                  f"linear_eval.py {self.path} --data-dir {self.args.data_dir}")
         return True
@@ -1424,7 +1440,7 @@ class Run:
         args, self.model, self.noted = self.args, state["model"], False
         progress = Progress(self.path, "epoch", args.epochs, state)
         kept = [checksum(network) for network in self.frozen]        # the checkpoint has them, too
-        self.config["encoder_classes"] = module_classes(self.model.encoder)
+        self.config["encoder_modules"] = modules_checksum(self.model.encoder)
         if rank() == 0:
             save(self.path / "config.json", self.config)
         if not progress.resumed:
@@ -1433,8 +1449,19 @@ class Run:
             progress.log.append({"epoch": 0, **(untrained or {})})
             progress.write()
         self.untrained = progress.log[1]                  # after the provenance
+
+        def check_range(encoder, inputs):                 # of the first batch
+            hook.remove()
+            low, high = inputs[0].aminmax()
+            if low < -0.5 or high > 1.5:
+                raise UserError(f"the encoder is trained on values from {low:.1f} to {high:.1f}, "
+                                "but evaluated on images in [0, 1]; normalise in the encoder")
+
+        hook = self.model.encoder.register_forward_pre_hook(check_range)
         for epoch in range(progress.done + 1, args.epochs + 1):
-            torch.manual_seed(seed_of(args.seed, epoch, rank()))
+            seed = seed_of(args.seed, epoch, rank())
+            for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+                set_seed(seed)
             self.steps, began = [], time.monotonic()
             lr = state["optimizer"].param_groups[0]["lr"]
             yield epoch

@@ -28,10 +28,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (MEASURED, NOT_IDENTITY, UserError, autocast, code_checksum, data_checksum,
-                    ebm_networks, fix_spectral_norm, has_test, launch, load, load_ebm, load_encoder,
-                    load_images, prepare_device, seed_of, show, standardise_features,
-                    training_images, without_effect)
+from common import (DATASETS, MEASURED, NOT_IDENTITY, UserError, autocast, code_checksum,
+                    data_checksum, ebm_networks, fix_spectral_norm, has_test, launch, load,
+                    load_ebm, load_encoder, load_images, prepare_device, seed_of, show,
+                    standardise_features, training_images, without_effect)
 
 # --- Frozen features and their accuracy ------------------------------------------------------
 
@@ -45,6 +45,8 @@ def extract_features(encoder, images, encode=None):
     """
     modes, device = {m: m.training for m in encoder.modules()}, next(encoder.parameters()).device
     scale = 255 if images.dtype == torch.uint8 else 1
+    if images.max() > scale:
+        raise UserError(f"images of {images.dtype} have to be in [0, 1], or uint8")
     encoder.eval()
     try:
         features = [(encode or encoder)(x.to(device) / scale).float() for x in images.split(500)]
@@ -130,7 +132,7 @@ def evaluate(encoder, args, encode=None, metrics=METRICS, split="test"):
     return {**result, "split": split, "data": data_checksum(args), "evaluation": evaluate.code}
 
 
-evaluate.code = code_checksum([Path(__file__)])           # at import, as the file may be edited
+evaluate.code = code_checksum([Path(__file__).resolve()])  # at import, as it may be edited
 
 # --- A table of runs, and one of EBMs --------------------------------------------------------
 
@@ -149,8 +151,9 @@ def evaluate_run(path, flags):
     """[(config, accuracies)] of a run: those in its eval.json, or those of its last checkpoint."""
     config = {**load(path / "config.json", "script", "epochs", "seed"), "run_dir": str(path)}
     args, measured_on = make_args(config, flags)
-    if not measured_on and flags.split == "test" and (path / "eval.json").exists():
-        result = load(path / "eval.json", *METRICS)
+    result = load(path / "eval.json") if (path / "eval.json").exists() else {}
+    split = result.get("split", "test")                   # older ones do not say
+    if not measured_on and split == flags.split and METRICS.keys() <= result.keys():
         if result.get("evaluation") != evaluate.code:
             show(f"{path}: measured by another linear_eval.py; with --data-dir it is measured anew")
         return [(config, result)]
@@ -159,6 +162,8 @@ def evaluate_run(path, flags):
     if saved["done"] < config["epochs"]:
         config["epochs"] = f"{saved['done']} of {config['epochs']}"
     result = evaluate(encoder.to(args.device), args, split=flags.split)
+    if result and not measured_on and result["data"] != config.get("data", result["data"]):
+        show(f"{path}: its images or labels are no longer those of its training")
     untrained = saved["log"][1]
     if result and all(untrained.get(key) == result[key] for key in MEASURED):
         result["untrained"] = untrained
@@ -191,7 +196,8 @@ def read_rows(path, flags=None):
     """[(config, accuracies)] of a results file: a JSON object with both on each line."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [(row["config"], row["result"]) for row in rows]
+        rows = [(row["config"], row["result"] and {**dict.fromkeys(METRICS), **row["result"]})
+                for row in rows]
         splits = {result.get("split", "test") for _, result in rows if result}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a results file ({error})") from error
@@ -325,7 +331,7 @@ def table(rows, untrained, split, any_code=False):
         others = [label for label in groups if label not in labels]
         return f"{len(labels)} settings" + (f" (without {'; '.join(others)})" if others else "")
 
-    lines = ["| run | linear | 5-NN | cosine kNN | seeds |", "|---|---|---|---|---|"]
+    lines = [f"| run | {' | '.join(METRICS)} | seeds |", "|---" * (len(METRICS) + 2) + "|"]
     for label, seeds in groups.items():
         lines.append(line(label, list(seeds.values())))
         baseline = comparable.get(label, {})
@@ -362,7 +368,7 @@ def main():
     add("--split", choices=["test", "val"], default="test",
         help="val = a tenth of the training images, held out from the probe, to choose flags by")
     add("--untrained", action="store_true", help="report the untrained encoder, too")
-    add("--dataset", choices=["cifar10", "cifar100", "folder", "synthetic"],
+    add("--dataset", choices=DATASETS,
         help="evaluate on this labelled data set, in place of the run's own")
     add("--data-dir", type=os.path.expanduser,
         help="directory of the labelled data, to evaluate anew on what is there")

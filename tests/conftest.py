@@ -20,8 +20,9 @@ torch.set_num_threads(1)                                # as in processes.py
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def fresh():
     torch.manual_seed(0)
+    common.read_source.cache_clear()
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def command(small, monkeypatch, capsys):
     def command(script, *flags):
         monkeypatch.setattr(sys, "argv", processes.argv(script, flags))
         common.load_images.cache_clear()
+        common.read_source.cache_clear()                # as a new process would
         capsys.readouterr()
         try:
             common.launch(importlib.import_module(script).main)

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,13 @@ def test_features_are_those_in_eval_mode_and_each_module_gets_its_mode_back():
     assert torch.allclose(features, encoder.eval()(images / 255), atol=1e-5)
     assert torch.allclose(features[3:4], extract_features(encoder, images[3:4]), atol=1e-5)
     assert not torch.allclose(features, encoder.train()(images / 255), atol=1e-2)   # a control
+
+
+@pytest.mark.parametrize("convert, ok", [(lambda x: x / 255, True), (torch.Tensor.float, False),
+                                         (torch.Tensor.long, False), (lambda x: x, True)])
+def test_only_images_in_range_are_evaluated(convert, ok):
+    with nullcontext() if ok else pytest.raises(UserError, match="in .0, 1., or uint8"):
+        extract_features(Encoder(8), convert(draw_shapes(4, seed=3)[0]))
 
 
 def knn_in_loops(train_x, train_y, test_x, test_y, k, temperature):

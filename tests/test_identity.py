@@ -1,6 +1,7 @@
 """What a run's identity consists of: its flags, its code, its frozen networks, its teacher."""
 import importlib
 import json
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_code_is_known_by_what_it_computes(tmp_path):
     """Comments, docstrings, blank lines, quotes and line breaks are of no account."""
     def code(text):
         (tmp_path / "a.py").write_text(text)
+        common.read_source.cache_clear()
         return common.code_checksum([tmp_path / "a.py"])
 
     plain = code('def f(x):\n    return [x, "a"]\n')
@@ -182,15 +184,43 @@ def test_the_code_has_the_imports_of_imports(tmp_path):
         (tmp_path / name).write_text(text)
     found = common.source_files(tmp_path / "run.py")
     assert set(found) == {ROOT / "common.py", *(tmp_path / name for name in ours)}
-    codes = [common.code_checksum(found)]
+
+    def code():
+        common.read_source.cache_clear()
+        return common.code_checksum(found)
+
+    codes = [code()]
     for name in ours:
         (tmp_path / name).write_text(ours[name] + "\nMORE = 1\n")
-        codes.append(common.code_checksum(found))
+        codes.append(code())
     (tmp_path / "a.py").rename(tmp_path / "old")          # the same texts under each other's names
     (tmp_path / "run.py").rename(tmp_path / "a.py")
     (tmp_path / "old").rename(tmp_path / "run.py")
-    codes.append(common.code_checksum(found))
+    codes.append(code())
     assert len(set(codes)) == 7
+
+
+def test_code_is_what_was_loaded(tmp_path):
+    """A script and its module, edited while it runs, are recorded as they were when it started."""
+    texts = {"mine.py": "SIZE = 1\n", "run.py": f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import common, mine
+files = [Path(__file__).resolve(), Path(mine.__file__).resolve()]
+for file in files:
+    file.write_text(file.read_text() + "MORE = 1\\n")
+common.claim(Path("run"), {{}}, __file__)
+"""}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True)
+    source, = (tmp_path / "run").glob("source-*")
+    for name, text in texts.items():
+        copied, = source.rglob(name)
+        assert copied.read_text() == text != (tmp_path / name).read_text()
+    files = [*source.rglob("run.py"), *source.rglob("mine.py"), ROOT / "common.py"]
+    assert source.name == f"source-{common.code_checksum(files)}"
 
 
 def test_teachers_of_other_settings_have_other_names(tmp_path):
@@ -219,14 +249,15 @@ def test_an_encoder_of_other_classes_is_not_taken_for_ours(tmp_path):
     class Encoder(common.Encoder):                        # one of the script's own
         pass
 
-    pooled = common.Encoder(8)
+    pooled, strided = common.Encoder(8), common.Encoder(8)
     pooled.net[-2] = torch.nn.AdaptiveMaxPool2d(1)
+    strided.net[0].stride = (2, 2)
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(common.Encoder(8))
     for encoder, ours in [(common.Encoder(8), True), (synchronised, True), (pooled, False),
-                          (Encoder(8), False)]:
+                          (strided, False), (Encoder(8), False)]:
         save(tmp_path / "config.json", {
             "script": "x", "width": 8, "epochs": 1, "seed": 0, "code": "",
-            "encoder_classes": common.module_classes(encoder)})
+            "encoder_modules": common.modules_checksum(encoder)})
         weights = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
         save(tmp_path / "checkpoint.pt", {"model": weights, "done": 1})
         with nullcontext() if ours else pytest.raises(UserError, match="has other modules"):

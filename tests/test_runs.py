@@ -2,9 +2,13 @@
 import json
 import math
 import os
+import random
 import shutil
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,7 +51,7 @@ def test_a_run_leaves_what_the_design_says(whole):
     config = json.loads((run / "config.json").read_text())
     assert config["precision"] == "fp32" and config["ranks"] == 1
     source = run / f"source-{config['code']}"
-    assert config["encoder_classes"] == common.module_classes(Encoder(8))
+    assert config["encoder_modules"] == common.modules_checksum(Encoder(8))
     assert config["common_code"] == common.code_checksum([ROOT / "common.py"])
     assert {path.name for path in run.iterdir()} == {
         ".lock", "checkpoint.pt", "config.json", "eval.json", "log.jsonl", source.name}
@@ -161,6 +165,32 @@ def test_chain_of_a_langevin_run(stub, tmp_path):
     assert len(chain["f"]) == 4 and chain["f"][0] != pytest.approx(chain["f_of_x"], abs=1e-4)
     with Image.open(tmp_path / "run" / "langevin.png") as picture:
         assert picture.size == (64 * 34 + 2, 5 * 34 + 2)
+
+
+@pytest.mark.parametrize("shift, ok", [(0.0, True), (-1.0, False), (1.0, False)])
+def test_the_encoder_is_trained_on_what_it_is_evaluated_on(stub, shift, ok):
+    """Images in [0, 1]; only the first batch is looked at."""
+    run = stub()
+    with nullcontext() if ok else pytest.raises(UserError, match="normalise in the encoder"):
+        for _ in run.epochs(**network()):
+            for _ in range(2):
+                run.model.encoder(torch.rand(8, 2) + shift)
+                one_step(run)
+                shift += 9
+
+
+def test_an_epoch_has_random_numbers_of_its_own_of_all_three_libraries(stub):
+    def draws(**flags):
+        run, found = stub(**flags), []
+        for _ in run.epochs(**network()):
+            found.append((torch.rand(()).item(), np.random.rand(), random.random()))
+            one_step(run)
+        run.lock.release()
+        return found
+
+    first, second = draws()
+    again = draws(run_dir=str(Path(stub().path).with_name("again")))
+    assert again == [first, second] and not set(first) & set(second)
 
 
 @pytest.mark.parametrize("when", ["at its second step", "after its last"])
@@ -348,6 +378,22 @@ def test_table_of_runs_and_ebm(copied, command):
     assert [line.split(" | ")[0] for line in [*lines[1:3], *lines[4:]]] == [
         "| byol_disc", "| byol_disc, untrained encoder",
         *(f"| ebm ebm_iters={n} layers={layers}" for n in (2, 0) for layers in ("last", "all"))]
+
+
+def test_an_accuracy_of_another_split_or_without_a_metric_is_measured_anew(
+        evaluated, command, monkeypatch):
+    result = json.loads((evaluated / "run" / "eval.json").read_text())
+    for other in (dict(split="val", linear=1.0), dict(linear=1.0, data=0)):
+        save(evaluated / "run" / "eval.json", {**result, **other})
+        out = command("linear_eval", "run")[1]
+        assert (cells(out)[1][0] == 1.0) == ("data" in other)           # a control
+    monkeypatch.setitem(linear_eval.METRICS, "knn1", partial(linear_eval.knn_accuracy, k=1))
+    out = command("linear_eval", "run")[1]
+    assert "| knn1 | seeds |" in out and cells(out)[1][0] == round(result["linear"], 2)
+    assert "no longer" not in out
+    shutil.copytree(evaluated / "swapped", evaluated / "images", dirs_exist_ok=True)
+    out = command("linear_eval", "run")[1]
+    assert "run: its images or labels are no longer those of its training" in out
 
 
 def test_what_is_no_run_costs_the_table_no_row(copied, command):

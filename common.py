@@ -723,7 +723,7 @@ def graphed(step, args):
 # is reported.
 
 NOT_IDENTITY = {"run_dir", "data_dir", "ebm", "device", "eval_every", "graph", "smoke", "file",
-                "defaults", "code", "common_code", "encoder_modules"}
+                "defaults", "code", "common_code", "encoder_modules", "encoder_classes"}
 EBM_FLAGS = {"ebm_iters", "ebm_objective", "ebm_rotation"}
 DISC_FLAGS = {"layers", "disc_input", "teacher"}
 STEP_FLAGS = {"step_size", "noise_std", "noise_unit", "grad_clip"}

@@ -258,10 +258,13 @@ def by_seed(rows, names):
 
 
 def pooled(groups, metric):
-    """Residual standard deviation, and its degrees of freedom, of the results {label: {seed:
-    accuracies}} in a model with an effect of the row and one of the seed, by least squares."""
-    places = [(label, seed) for label, seeds in groups.items() for seed in seeds
-              if seeds[seed][metric] is not None]
+    """Residual standard deviation, and its degrees of freedom, of the results {label: {(machine,
+    seed): accuracies}} in a model with an effect of the row and one of the seed, by least squares.
+    """
+    once = {(seed, *map(result.get, METRICS)): (label, (machine, seed))  # a repeated run once
+            for label, seeds in groups.items() for (machine, seed), result in seeds.items()}
+    places = [(label, seed) for label, seed in once.values()
+              if groups[label][seed][metric] is not None]
     values = np.array([groups[label][seed][metric] for label, seed in places])
     effects = sorted({effect for place in places for effect in place}, key=str)
     design = np.array([[effect in place for effect in effects] for place in places], float)
@@ -286,18 +289,15 @@ def table(rows, untrained, split, any_code=False):
     """Markdown of [(config, accuracies)]: a line for each setting, over its seeds, and one for its
     difference to the first setting, of the same machine, paired by seed, with the pooled error."""
     names, shared = row_labels(rows, any_code)
-    groups, first, comparable, alike, seen = by_seed(rows, names), {}, {}, {}, set()
+    groups, first, comparable, alike = by_seed(rows, names), {}, {}, {}
     for name, (config, result) in zip(names, rows):
         measured = result.get("data"), result.get("evaluation")
         baseline, kind, epochs = first.setdefault(
             config.get("machine"), (groups[name], measured, config.get("epochs")))
         if measured == kind:
             comparable[name] = baseline
-            once = config["seed"], *(result[metric] for metric in METRICS)
-            if config.get("epochs") == epochs and once not in seen:      # not the same run again
-                place = config.get("machine"), config["seed"]
-                alike.setdefault(name, {}).setdefault(place, result)
-                seen.add(once)
+            if config.get("epochs") == epochs:
+                alike[name] = groups[name]
     error = {metric: pooled(alike, metric) for metric in METRICS}
     ebms = rows[0][0]["script"] == "ebm"                  # their rows are not independent
     freedom = 0 if ebms else error["linear"][1]

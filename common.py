@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -769,6 +769,7 @@ def parse_flags(parser, argv=None):
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)                      # so that everybody gets the same figures
     args = parser.parse_args(argv)
+    source_files(args.file)                               # reads them before they can be edited
     if getattr(args, "use", "") == "dataset" and args.view == "augment":
         parser.error("--view augment: with --use dataset there is no third view")
     if getattr(args, "teacher", None):
@@ -803,12 +804,13 @@ def ebm_precision(args):
     return "bf16" if args.precision == "bf16" else "fp32"
 
 
-@lru_cache
+@cache
 def read_source(file):
     """The bytes of a Python file, read once, as it may be edited while it runs."""
     return file.read_bytes()
 
 
+@cache
 def source_files(script):
     """Paths of a script, of common.py, and of the modules beside them that they import, in turn;
     not of linear_eval.py, as eval.json says itself by which code it was measured."""
@@ -840,10 +842,6 @@ def code_checksum(files):
 
     trees = sorted(json.dumps([file.name, plain(ast.parse(read_source(file)))]) for file in files)
     return f"{zlib.crc32(''.join(trees).encode()):08x}"
-
-
-SCRIPT = getattr(sys.modules["__main__"], "__file__", None) or __file__
-source_files(SCRIPT if SCRIPT.endswith(".py") else __file__)         # reads them, at import
 
 
 def checksum(*tensors):
@@ -940,6 +938,12 @@ def load_weights(module, weights, path):
 def seed_of(*numbers):
     """A seed that depends on each of the numbers, such as (seed, epoch, rank)."""
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
+
+
+def set_seed(*numbers):
+    """Seed torch, numpy and random, as `seed_of` says."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(seed_of(*numbers))
 
 
 def provenance():
@@ -1232,7 +1236,7 @@ def make_ebm(path, config, images, args):
     directory, images = path.with_suffix(".ebm"), images.to(args.device)
     more = {flag: vars(args)[flag] for flag in ("seed", "precision", "data_dir", "device")}
     config = claim(directory, {**config, **more}, __file__)
-    torch.manual_seed(seed_of(args.seed))
+    set_seed(args.seed)
     state = ebm_networks(args)
     step = {"gan": gan_step, "ade": ade_step, "cd": cd_step}[args.ebm_objective]
     step = partial(step, rotation_weight=args.ebm_rotation, **state)
@@ -1240,7 +1244,7 @@ def make_ebm(path, config, images, args):
 
     progress = Progress(directory, "iteration", args.ebm_iters, state)
     for start in range(progress.done, args.ebm_iters, EBM_ROUND):
-        torch.manual_seed(seed_of(args.seed, start))
+        set_seed(args.seed, start)
         end, terms = min(start + EBM_ROUND, args.ebm_iters), []
         for _ in range(start, end):
             x = images[torch.randint(len(images), (64,), device=images.device)] / 255
@@ -1302,8 +1306,10 @@ class Teacher(nn.Module):
 
 def modules_checksum(network):
     """Checksum of the classes of a network's modules and their settings, such as strides."""
-    names = [f"{type(m).__module__.split('.')[0]}.{type(m).__name__}({m.extra_repr()})"
-             for m in network.modules()]
+    settings = ("kernel_size", "stride", "padding", "padding_mode", "dilation", "groups", "eps",
+                "output_size", "negative_slope")
+    names = [f"{type(m).__module__.split('.')[0]}.{type(m).__name__}"
+             f"{[getattr(m, name, None) for name in settings]}" for m in network.modules()]
     return zlib.crc32(" ".join(names).replace("SyncBatchNorm", "BatchNorm2d").encode())
 
 
@@ -1452,16 +1458,15 @@ class Run:
 
         def check_range(encoder, inputs):                 # of the first batch
             hook.remove()
-            low, high = inputs[0].aminmax()
-            if low < -0.5 or high > 1.5:
-                raise UserError(f"the encoder is trained on values from {low:.1f} to {high:.1f}, "
-                                "but evaluated on images in [0, 1]; normalise in the encoder")
+            for x in filter(torch.is_tensor, inputs):
+                low, high = x.aminmax()
+                if low < -0.5 or high > 1.5:
+                    raise UserError(f"the encoder is trained on values from {low:.1f} to {high:.1f}"
+                                    ", but evaluated on images in [0, 1]; normalise in the encoder")
 
         hook = self.model.encoder.register_forward_pre_hook(check_range)
         for epoch in range(progress.done + 1, args.epochs + 1):
-            seed = seed_of(args.seed, epoch, rank())
-            for set_seed in (torch.manual_seed, np.random.seed, random.seed):
-                set_seed(seed)
+            set_seed(args.seed, epoch, rank())
             self.steps, began = [], time.monotonic()
             lr = state["optimizer"].param_groups[0]["lr"]
             yield epoch

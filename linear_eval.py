@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,7 +45,7 @@ def extract_features(encoder, images, encode=None):
     """
     modes, device = {m: m.training for m in encoder.modules()}, next(encoder.parameters()).device
     scale = 255 if images.dtype == torch.uint8 else 1
-    if images.max() > scale:
+    if images.min() < 0 or images.max() > scale:
         raise UserError(f"images of {images.dtype} have to be in [0, 1], or uint8")
     encoder.eval()
     try:
@@ -261,8 +261,10 @@ def pooled(groups, metric):
     """Residual standard deviation, and its degrees of freedom, of the results {label: {(machine,
     seed): accuracies}} in a model with an effect of the row and one of the seed, by least squares.
     """
-    once = {(seed, *map(result.get, METRICS)): (label, (machine, seed))  # a repeated run once
-            for label, seeds in groups.items() for (machine, seed), result in seeds.items()}
+    sizes, once = Counter(machine for seeds in groups.values() for machine, _ in seeds), {}
+    for label, seeds in sorted(groups.items(), key=lambda item: -sizes[next(iter(item[1]))[0]]):
+        for seed, result in seeds.items():                # repeated, it counts in the largest file
+            once.setdefault((seed[1], *map(result.get, METRICS)), (label, seed))
     places = [(label, seed) for label, seed in once.values()
               if groups[label][seed][metric] is not None]
     values = np.array([groups[label][seed][metric] for label, seed in places])
@@ -275,6 +277,7 @@ def pooled(groups, metric):
     return (np.square(values - design @ fitted).sum() / max(freedom, 1)) ** 0.5, int(freedom)
 
 
+@cache
 def studentized_range(rows, freedom):
     """95 % quantile of Tukey's studentized range, by simulation, accurate to 1 %: the largest range
     of several independent groups, of which `rows` has the sizes."""
@@ -302,13 +305,13 @@ def table(rows, untrained, split, any_code=False):
     ebms = rows[0][0]["script"] == "ebm"                  # their rows are not independent
     freedom = 0 if ebms else error["linear"][1]
     families = Counter(next(iter(groups[name]))[0] for name in comparable).values()
-    critical = {metric: studentized_range([*families], degrees) if degrees > 1 else math.inf
+    critical = {metric: studentized_range((*families,), degrees) if degrees > 1 else math.inf
                 for metric, (_, degrees) in error.items()}
 
     def line(label, results):
         cells = []
         for metric in METRICS:
-            values = [result[metric] for result in results]
+            values = [result.get(metric) for result in results]
             spread = f" ± {stdev(values):.2f}" if len(values) > 1 and None not in values else ""
             cells.append("-" if None in values else f"{mean(values):.2f}{spread}")
         return "| " + " | ".join([label, *cells, str(len(results))]) + " |"
@@ -346,7 +349,8 @@ def table(rows, untrained, split, any_code=False):
         lines.append("cosine kNN is -: its 200 neighbours are over a tenth of the training images.")
     if freedom > 1:
         sd = ", ".join(f"{sd:.2f}" for sd, _ in error.values())
-        degrees = ", ".join(dict.fromkeys(str(degrees) for _, degrees in error.values()))
+        degrees = [str(degrees) for _, degrees in error.values()]
+        degrees = ", ".join(degrees if len({*degrees}) > 1 else degrees[:1])
         lines.append(f"± of a difference: from the standard deviations {sd}, pooled over "
                      f"{these(alike)} and their seeds, {degrees} degrees of freedom. * p < 0.05, "
                      f"corrected for all pairs of {these(comparable)}"

@@ -19,10 +19,16 @@ import processes
 torch.set_num_threads(1)                                # as in processes.py
 
 
+def forget():
+    """The files that were read, as a new process would."""
+    common.read_source.cache_clear()
+    common.source_files.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(0)
-    common.read_source.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def command(small, monkeypatch, capsys):
     def command(script, *flags):
         monkeypatch.setattr(sys, "argv", processes.argv(script, flags))
         common.load_images.cache_clear()
-        common.read_source.cache_clear()                # as a new process would
+        forget()
         capsys.readouterr()
         try:
             common.launch(importlib.import_module(script).main)

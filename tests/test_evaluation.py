@@ -35,7 +35,8 @@ def test_features_are_those_in_eval_mode_and_each_module_gets_its_mode_back():
 
 
 @pytest.mark.parametrize("convert, ok", [(lambda x: x / 255, True), (torch.Tensor.float, False),
-                                         (torch.Tensor.long, False), (lambda x: x, True)])
+                                         (torch.Tensor.long, False), (lambda x: x, True),
+                                         (lambda x: x / 255 - 0.5, False)])
 def test_only_images_in_range_are_evaluated(convert, ok):
     with nullcontext() if ok else pytest.raises(UserError, match="in .0, 1., or uint8"):
         extract_features(Encoder(8), convert(draw_shapes(4, seed=3)[0]))
@@ -179,16 +180,16 @@ def test_one_error_is_pooled_over_rows_and_seeds():
 
 @pytest.mark.parametrize("rows, freedom, known", [(2, 4, 3.927), (6, 10, 4.912)])
 def test_what_can_be_told_apart_is_tukeys(rows, freedom, known):
-    assert linear_eval.studentized_range([rows], freedom) == pytest.approx(known, rel=0.015)
+    assert linear_eval.studentized_range((rows,), freedom) == pytest.approx(known, rel=0.015)
 
 
 def test_pairs_of_two_machines_are_not_corrected_for():
     """Three machines with a pair of rows each: no |z| of three beyond the quantile, given s."""
     s = torch.linspace(1e-3, 4, 4000, dtype=torch.float64)
     density = s ** 7 * torch.exp(-4 * s ** 2)                           # of s, 8 degrees of freedom
-    share = torch.erf(linear_eval.studentized_range([2, 2, 2], 8) * s / 2) ** 3
+    share = torch.erf(linear_eval.studentized_range((2, 2, 2), 8) * s / 2) ** 3
     assert (share * density).sum() / density.sum() == pytest.approx(0.95, abs=0.003)
-    one = linear_eval.studentized_range([6], 8)                         # a control
+    one = linear_eval.studentized_range((6,), 8)                         # a control
     assert (torch.erf(one * s / 2) ** 3 * density).sum() / density.sum() > 0.975
 
 
@@ -204,6 +205,9 @@ def test_a_repeated_run_adds_nothing_to_the_error():
         lines = table(rows + [({**config, **other}, result) for config, result in rows],
                       False, "test")
         assert pair.split("*")[0] in lines and "2 degrees of freedom" in lines
+        assert pair.split("*")[0] in table(
+            [({**config, "machine": "b"}, result) for config, result in rows[:3]] + rows,
+            False, "test")                                              # of a part, and first
     moved = [row(seed, linear + 1 + seed % 2, coeff=0, machine="a", code="y")
              for seed, linear in enumerate(values[0])]                  # a control: other runs
     assert "4 degrees of freedom" in table(rows + moved, False, "test")
@@ -222,7 +226,7 @@ def test_each_metric_has_its_own_degrees_of_freedom(seeds):
     cells = next(line for line in lines if "difference to the first row of b" in line).split(" | ")
     assert cells[1].endswith("*") and "±" in cells[1]
     assert cells[3] == "-" if seeds == 2 else "±" in cells[3] and not cells[3].endswith("*")
-    assert f"{seeds + 6}, {seeds - 1} degrees of freedom" in lines[-1]
+    assert f"{seeds + 6}, {seeds + 6}, {seeds - 1} degrees of freedom" in lines[-1]
 
 
 def test_stars_are_corrected_for_the_rows_of_each_machine(monkeypatch):
@@ -232,7 +236,7 @@ def test_stars_are_corrected_for_the_rows_of_each_machine(monkeypatch):
     rows = [row(seed, 9 * ord(machine) + (seed + 1) * coeff, coeff=coeff, machine=machine)
             for machine, n in [("a", 2), ("b", 3)] for coeff in range(n) for seed in range(3)]
     assert "5 settings, each within a machine" in table(rows, False, "test")
-    assert asked[0] == ([2, 3], 2 + 4)
+    assert asked[0] == ((2, 3), 2 + 4)
 
 
 def test_table_joins_seeds_and_nothing_else():

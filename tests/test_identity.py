@@ -15,7 +15,7 @@ import common
 import linear_eval
 import processes
 from common import Run, UserError, check_config, save, without_effect
-from conftest import ROOT
+from conftest import ROOT, forget
 
 
 @pytest.mark.parametrize("script", ["simclr_disc", "byol_disc", "simclr_langevin", "byol_langevin"])
@@ -165,7 +165,7 @@ def test_code_is_known_by_what_it_computes(tmp_path):
     """Comments, docstrings, blank lines, quotes and line breaks are of no account."""
     def code(text):
         (tmp_path / "a.py").write_text(text)
-        common.read_source.cache_clear()
+        forget()
         return common.code_checksum([tmp_path / "a.py"])
 
     plain = code('def f(x):\n    return [x, "a"]\n')
@@ -186,7 +186,7 @@ def test_the_code_has_the_imports_of_imports(tmp_path):
     assert set(found) == {ROOT / "common.py", *(tmp_path / name for name in ours)}
 
     def code():
-        common.read_source.cache_clear()
+        forget()
         return common.code_checksum(found)
 
     codes = [code()]
@@ -207,6 +207,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import common, mine
+common.parse_flags(common.make_parser("", __file__), [])
 files = [Path(__file__).resolve(), Path(mine.__file__).resolve()]
 for file in files:
     file.write_text(file.read_text() + "MORE = 1\\n")

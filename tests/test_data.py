@@ -170,7 +170,7 @@ def test_shapes_depend_on_the_seed_alone(tmp_path, monkeypatch):
 
 def test_subset_does_not_depend_on_the_seed(small):
     def images(*flags):
-        parser = make_parser("x", "x.py")
+        parser = make_parser("x", __file__)
         return training_images(parse_flags(parser, ["--dataset", "synthetic", *flags]))
 
     fifty = images("--subset", "50")

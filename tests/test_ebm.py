@@ -17,7 +17,7 @@ from common import Discriminator, Generator, UserError, draw_shapes, train_ebm
 
 
 def parse(*flags):
-    return common.parse_flags(common.make_parser("x", "x.py"), flags)
+    return common.parse_flags(common.make_parser("x", common.__file__), flags)
 
 
 def flags(tmp_path, *more):

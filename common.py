@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +171,7 @@ def launch(main):
 # --- Data: uint8 images in memory ------------------------------------------------------------
 # Add a data set in `load_images` and to DATASETS.
 
-@lru_cache
+@cache
 def load_images(dataset, data_dir, split):
     """The "train" or "test" split of a data set: uint8 images (N, 3, 32, 32), int64 labels (N,)."""
     if dataset == "synthetic":
